@@ -1,0 +1,292 @@
+"""The typed, frozen form of a config.
+
+Names of models, objectives, optimisers, protocols and the like are plain strings here: the rooms that own them check
+them against their registries before anything starts, so that a new model needs no change in this file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
+
+from pipeline.core import units
+
+
+def _duration(*, time: bool, count: bool = True) -> Any:
+    def check(value: object) -> units.Duration:
+        duration = units.Duration.parse(value)
+        if duration.is_time and not time:
+            raise ValueError("must be counted in epochs, samples or steps, not in time")
+        if not duration.is_time and not count:
+            raise ValueError("must be a time, such as '10 minutes'")
+        if duration.value <= 0:
+            raise ValueError("must be more than zero")
+        return duration
+
+    return Annotated[
+        units.Duration,
+        BeforeValidator(check),
+        PlainSerializer(str),
+        WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["90 epochs", "400M samples", "20000 steps"]}),
+    ]
+
+
+Span = _duration(time=False)  # epochs, samples or steps
+Interval = _duration(time=True)  # those, or a time
+Bytes = Annotated[
+    int,
+    BeforeValidator(units.parse_bytes),
+    PlainSerializer(lambda n: n),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.SIZE_PATTERN, "examples": ["256 MiB"]}]}),
+]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Flag = Annotated[bool, Field(strict=True)]  # 'yes' and 1 are no booleans
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values cannot be changed, a plain word stands for `{name: word}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    _plain_key: str = "name"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_plain_word(cls, value: Any) -> Any:
+        default = cls.__private_attributes__["_plain_key"].default
+        return {default: value} if isinstance(value, str) and default in cls.model_fields else value
+
+
+class StorageSection(Section):
+    """Where runs are kept: a URL, or a URL with the endpoint of an S3-compatible store."""
+
+    _plain_key: str = "url"
+    url: str
+    endpoint: str | None = None
+
+
+class Tracking(Section):
+    """The MLflow server. Default for file storage: SQLite and artifacts in it; other storage needs a uri."""
+
+    uri: str | None = None
+    experiment: str = "tessera"
+
+
+class Cluster(Section):
+    """`local`, or a Ray cluster; without an address RAY_ADDRESS is used."""
+
+    name: str = "ray"
+    address: str | None = None
+    workers: Count | None = Field(None, description="training processes; default: one a GPU, or two where there is none")
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    min_gpus: Annotated[int, Field(ge=0)] | None = None
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="restarts of a failed group of workers")
+
+    @property
+    def is_local(self) -> bool:
+        return self.name == "local"
+
+
+class Source(Section):
+    """Where images come from. `folder`: a class a sub-folder, or one flat folder; side files .txt, .cls, .json."""
+
+    format: str = "folder"
+    url: str
+    columns: dict[str, str] = {}
+
+
+class Resize(Section):
+    side: Literal["shorter", "longer"] = "shorter"
+    pixels: Count
+    enlarge: Flag = False
+
+
+class ShardImages(Section):
+    resize: Resize | None = None
+    min_pixels: Count = Field(1, description="the shorter side of a smaller image makes it `too-small`")
+    max_pixels: Count = Field(2**26, description="width x height of a larger image makes it `too-large`, before it is decoded")
+
+
+class Shard(Section):
+    source: Source
+    splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = {"train": 1.0}
+    workers: Count | None = Field(None, description="parallel tasks; never changes the result; default: one a core")
+    images: ShardImages = ShardImages()
+    size: Bytes = 256 * 2**20
+
+    @field_validator("splits")
+    @classmethod
+    def _splits_add_up(cls, splits: dict[str, float]) -> dict[str, float]:
+        if abs(sum(splits.values()) - 1) > 1e-6:
+            raise ValueError(f"the fractions must add up to 1, these add up to {sum(splits.values()):g}")
+        for name in splits:
+            _check_word(name)
+        return splits
+
+
+class ModelSection(Section):
+    """A model by name, and the arguments its builder takes."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Objective(Section):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Image(Section):
+    """From a sample's image to the model's input."""
+
+    pixels: Count = 224
+    crop: Literal["random-resized", "random-square", "none"] = "random-resized"
+    scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="area kept by random-resized, as fractions")
+    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="aspect ratios of random-resized")
+    flip: Flag = True
+    enlarge: Flag = Field(False, description="accept images smaller than `pixels`")
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+
+
+class Start(Section):
+    """Begin from another run's checkpoint: `URL` (its newest) or `URL@step`."""
+
+    _plain_key: str = "from"
+    from_: str = Field(alias="from")
+    load: Literal["weights", "all"] = "weights"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_plain_word(cls, value: Any) -> Any:
+        return {"from": value} if isinstance(value, str) else value
+
+
+class Optimizer(Section):
+    name: str = "adamw"
+    lr: Positive = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Positive | None = Field(None, description="largest norm of the whole gradient")
+
+
+class Schedule(Section):
+    name: str = "cosine"
+    warmup: Span | None = None
+
+
+class Zero(Section):
+    stage: Literal[0, 1, 2, 3] = 0
+
+
+class Save(Section):
+    every: Interval = units.Duration(10, "minute")
+    keep: Count = 3
+
+
+class Validate(Section):
+    every: Span = units.Duration(1, "epoch")
+    split: str = "test"
+
+
+class Pretrain(Section):
+    model: ModelSection
+    objective: Objective = Objective(name="classify")
+    image: Image = Image()
+    start: Start | None = None
+    batch: Count = Field(256, description="global, in samples")
+    micro_batch: Count = Field(64, description="one forward pass of one rank, in samples")
+    duration: Span
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero: Zero = Zero()
+    save: Save = Save()
+    # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
+    validation: Validate | None = Field(None, alias="validate")
+    log: Span = Field(units.Duration(10, "step"), description="how often metrics are recorded")
+    loaders: Annotated[int, Field(ge=0)] = Field(1, description="decoding threads of a rank; 0 decodes in line")
+    split: str = "train"
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Pretrain:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch: {self.batch} is not a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+
+class FineTune(Section):
+    """ViT paper, table 4: SGD with momentum, cosine, no weight decay, clipping at 1."""
+
+    pixels: Count | None = Field(None, description="default: twice the resolution of pre-training")
+    steps: Count = 500
+    batch: Count = 512
+    lr: list[Positive] = Field([0.003, 0.01, 0.03, 0.06], min_length=1, description="the best on a tenth of the training split is used")
+    warmup: Annotated[int, Field(ge=0)] = 0
+    seeds: Count | None = None
+
+
+class Suite(Section):
+    """A task: a dataset with labels. `own` is the dataset the run was trained on."""
+
+    name: str
+    data: str | None = None
+    train: str = "train"
+    test: str = "test"
+
+
+class Evaluate(Section):
+    suites: list[Suite] = Field(min_length=1)
+    protocols: list[str] = ["supervised", "linear", "few-shot", "fine-tune"]
+    seeds: Count = 3
+    shots: list[Count] = [1, 5, 10, 25]
+    fine_tune: FineTune = FineTune()
+
+
+class Config(Section):
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    storage: StorageSection
+    tracking: Tracking = Tracking()
+    cluster: Cluster = Cluster()
+    data: str | None = Field(None, description="a dataset's URL, or URL@version")
+    shard: Shard | None = None
+    pretrain: Pretrain | None = None
+    evaluate: Evaluate | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_word(cls, name: str) -> str:
+        return _check_word(name)
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Config:
+        if not (self.shard or self.pretrain or self.evaluate):
+            raise ValueError("nothing to do: needs at least one of the sections shard, pretrain, evaluate")
+        if self.pretrain and not (self.shard or self.data):
+            raise ValueError("pretrain: needs data, a dataset's URL, or a shard section that makes one")
+        if self.shard and self.data:
+            raise ValueError("data: give either data or a shard section, not both")
+        if self.evaluate and not self.pretrain:
+            raise ValueError("evaluate: needs a pretrain section, whose checkpoint is evaluated")
+        return self
+
+
+def _check_word(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("may hold letters, digits, '.', '_' and '-' only, and begins with a letter or digit")
+    return name

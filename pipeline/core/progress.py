@@ -1,0 +1,114 @@
+"""Progress on everything longer than a few seconds: how far, how fast, how long still.
+
+A worker on another machine has no terminal: it hands its events to a sink (see `set_sink`), and the process that the
+person looks at renders them. On a terminal one line is rewritten; in a log a line is printed now and then.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from tqdm import tqdm
+
+from pipeline.core.units import format_seconds
+
+_LOG_EVERY = 5.0  # seconds between lines where there is no terminal
+_SHOW_EVERY = 0.2
+
+
+@dataclass(frozen=True)
+class Event:
+    """`text` alone is a message; with a label it is the state of one piece of work."""
+
+    text: str = ""
+    label: str = ""
+    done: float = 0
+    total: float = 0
+    unit: str = ""
+    elapsed: float = 0
+    finished: bool = False
+
+
+class _Terminal:
+    """Renders events on standard error, so that standard output stays for results."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._open = False
+
+    def __call__(self, event: Event) -> None:
+        if not event.label:
+            self._print(event.text)
+            return
+        now, tty = time.monotonic(), sys.stderr.isatty()
+        if not event.finished and now - self._last < (_SHOW_EVERY if tty else _LOG_EVERY):
+            return
+        self._last = now
+        if event.finished:
+            rate = event.done / event.elapsed if event.elapsed > 0 else 0.0
+            self._print(f"{event.label:<12} {event.done:,.0f} {event.unit} in {format_seconds(event.elapsed)}, {rate:,.1f} {event.unit}/s {event.text}")
+            return
+        meter = tqdm.format_meter(event.done, event.total, event.elapsed, ncols=100 if tty else 80, prefix=f"{event.label:<12}", unit=f" {event.unit}", postfix=event.text)
+        if tty:
+            sys.stderr.write(f"\r\033[K{meter}")
+            sys.stderr.flush()
+            self._open = True
+        else:
+            self._print(meter)
+
+    def _print(self, text: str) -> None:
+        sys.stderr.write(("\r\033[K" if self._open else "") + text.rstrip() + "\n")
+        sys.stderr.flush()
+        self._open = False
+
+
+_sink: Callable[[Event], None] = _Terminal()
+
+
+def set_sink(sink: Callable[[Event], None] | None) -> None:
+    """Send this process's events to `sink`; None gives them back to the terminal."""
+    global _sink
+    _sink = sink or _Terminal()
+
+
+def emit(event: Event) -> None:
+    _sink(event)
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal."""
+    emit(Event(text=text))
+
+
+class Progress:
+    """`with Progress("shard", total=1797, unit="images") as p: p.update(64, "0 dropped")`."""
+
+    def __init__(self, label: str, total: float, unit: str, done: float = 0) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self.first = done, done
+        self.text = ""
+        self._start = time.monotonic()
+        self._sent = 0.0
+
+    def update(self, count: float = 1, text: str | None = None) -> None:
+        self.done += count
+        self.text = self.text if text is None else text
+        now = time.monotonic()
+        if now - self._sent >= _SHOW_EVERY:  # a remote sink costs a message
+            self._sent = now
+            self._emit(False)
+
+    def _emit(self, finished: bool) -> None:
+        done = self.done - self.first if finished else self.done
+        emit(Event(self.text, self.label, done, self.total, self.unit, time.monotonic() - self._start, finished))
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self._emit(True)

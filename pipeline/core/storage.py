@@ -1,0 +1,232 @@
+"""Directories on any file system or object store, with writes that are seen whole or not at all.
+
+The only user of fsspec. What a reader may rely on:
+
+- `write` and `put` publish a whole object or nothing: local files are written beside their name, synced and renamed;
+  object stores publish a finished upload only.
+- `create` succeeds for exactly one of many writers (a hard link on files, `If-None-Match: *` on S3).
+- nothing is cached: a listing shows what other processes have written since.
+- failures that a person can mend (no permission, no space, no such bucket, nobody answers) become `StorageError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import split_protocol
+
+from pipeline.core.errors import CredentialsError, StorageError
+
+_S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3, "mode": "standard"}},
+}
+_DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoCredentialsError", "ExpiredToken", "Forbidden", "InvalidClientTokenId")
+
+
+class Storage:
+    """A directory at `url`, on any fsspec file system; a plain path is a local directory.
+
+    Picklable and cheap to make: the connection is opened on first use, once a process.
+    """
+
+    def __init__(self, url: str, endpoint: str | None = None) -> None:
+        protocol, path = split_protocol(url)
+        self.protocol: str = protocol or "file"
+        self.endpoint = endpoint
+        self.path: str = os.path.abspath(path) if self.is_local else path.rstrip("/")
+        self._fs: Any = None
+        self._pid = 0
+
+    @property
+    def is_local(self) -> bool:
+        return self.protocol in ("file", "local")
+
+    @property
+    def url(self) -> str:
+        return self.path if self.is_local else f"{self.protocol}://{self.path}"
+
+    @property
+    def fs(self) -> Any:
+        # An instance reused after a fork raises in s3fs; a new process opens its own.
+        if self._fs is None or self._pid != os.getpid():
+            options = dict(_S3_OPTIONS) if self.protocol in ("s3", "s3a") else {}
+            if self.endpoint:
+                options["endpoint_url"] = self.endpoint
+            try:
+                self._fs = fsspec.filesystem(self.protocol, **options)
+            except (ImportError, ValueError) as e:
+                raise StorageError(f"storage {self.url}: cannot use {self.protocol!r} URLs ({e})") from e
+            self._pid = os.getpid()
+        return self._fs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fs": None}
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    def __truediv__(self, name: str) -> Storage:
+        """The directory `name` below this one."""
+        child = Storage(f"{self.url}/{name}", self.endpoint)
+        child._fs, child._pid = self._fs, self._pid
+        return child
+
+    def _at(self, key: str) -> str:
+        return f"{self.path}/{key}" if key else self.path
+
+    # Reading
+
+    def read(self, key: str) -> bytes:
+        """Raises FileNotFoundError where there is no such object."""
+        with self._explained("read", key):
+            return self.fs.cat_file(self._at(key))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        with self._explained("read", key):
+            return self.fs.cat_file(self._at(key), start=start, end=start + length)
+
+    def exists(self, key: str = "") -> bool:
+        with self._explained("read", key):
+            return bool(self.fs.exists(self._at(key)))
+
+    def names(self, key: str = "") -> list[str]:
+        """Sorted names of what lies directly in a directory; empty where there is none."""
+        with self._explained("list", key):
+            try:
+                return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self._at(key), detail=False))
+            except FileNotFoundError:
+                return []
+
+    def walk(self) -> Iterator[tuple[str, int]]:
+        """(path relative to this directory, bytes) of every file below it, sorted by path."""
+        with self._explained("list", ""):
+            found = self.fs.find(self.path, detail=True)
+        root = self.fs._strip_protocol(self.path).rstrip("/")
+        for path in sorted(found):
+            yield path[len(root) :].lstrip("/"), int(found[path].get("size") or 0)
+
+    def get(self, key: str, local: Path) -> None:
+        with self._explained("read", key):
+            self.fs.get_file(self._at(key), str(local))
+
+    # Writing
+
+    def write(self, key: str, data: bytes) -> None:
+        """Publish `data` under `key`, over what was there."""
+        with self._explained("write", key):
+            if self.is_local:
+                os.replace(self._beside(key, data), self._at(key))
+            else:
+                self.fs.pipe_file(self._at(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Publish `data` under `key` unless something is there already; tells whether this call did it."""
+        with self._explained("write", key):
+            if self.is_local:
+                temporary = self._beside(key, data)
+                try:
+                    os.link(temporary, self._at(key))
+                    self._sync_directory(key)
+                    return True
+                except FileExistsError:
+                    return False
+                finally:
+                    os.unlink(temporary)
+            try:
+                self.fs.pipe_file(self._at(key), data, mode="create")
+                return True
+            except FileExistsError:
+                # The client's own retry meets its own write when a reply was lost: compare before giving up.
+                return self.fs.cat_file(self._at(key)) == data
+
+    def put(self, local: Path, key: str) -> None:
+        """Publish a local file under `key`."""
+        with self._explained("write", key):
+            if self.is_local:
+                temporary = self._beside(key, None)
+                try:
+                    with open(local, "rb") as source, open(temporary, "wb") as target:
+                        while block := source.read(1 << 22):
+                            target.write(block)
+                        target.flush()
+                        os.fsync(target.fileno())
+                    os.replace(temporary, self._at(key))
+                except BaseException:
+                    Path(temporary).unlink(missing_ok=True)
+                    raise
+            else:
+                self.fs.put_file(str(local), self._at(key))
+
+    def remove(self, key: str = "") -> None:
+        """Remove an object, or a directory and all below it; nothing happens where there is none."""
+        with self._explained("remove", key):
+            try:
+                self.fs.rm(self._at(key), recursive=True)
+            except FileNotFoundError:
+                return
+
+    def check_writable(self) -> None:
+        """Raises StorageError, with the reason, unless an object can be written and removed here."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        self.write(probe, b"tessera")
+        self.remove(probe)
+
+    def _beside(self, key: str, data: bytes | None) -> str:
+        """A new temporary file in the directory of `key`, holding `data`, synced to disk."""
+        directory = os.path.dirname(self._at(key))
+        os.makedirs(directory, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)
+        try:
+            with os.fdopen(descriptor, "wb") as f:
+                f.write(data or b"")
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(name, 0o644)
+        except BaseException:
+            os.unlink(name)
+            raise
+        return name
+
+    def _sync_directory(self, key: str) -> None:
+        descriptor = os.open(os.path.dirname(self._at(key)), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _explained(self, action: str, key: str) -> Iterator[None]:
+        """Turn what a person can mend into one sentence; let FileNotFoundError and FileExistsError through."""
+        where = f"storage {self.url}/{key}" if key else f"storage {self.url}"
+        try:
+            yield
+        except (StorageError, CredentialsError):
+            raise
+        except Exception as e:
+            text = f"{type(e).__name__}: {e}"
+            if any(word in text for word in _DENIED) or (not self.is_local and isinstance(e, PermissionError)):
+                raise CredentialsError(f"{where}: the store refused these credentials, cannot {action} ({e})") from e
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+                raise StorageError(f"{where}: cannot {action}, the disk is full") from e
+            if isinstance(e, OSError) and e.errno == errno.EROFS:
+                raise StorageError(f"{where}: cannot {action}, the file system is read-only") from e
+            if isinstance(e, FileNotFoundError | FileExistsError) and (action == "read" or not _names_bucket(text)):
+                raise
+            if isinstance(e, PermissionError):
+                raise StorageError(f"{where}: no permission to {action}") from e
+            if isinstance(e, OSError) or type(e).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+                raise StorageError(f"{where}: cannot {action} ({text})") from e
+            raise
+
+
+def _names_bucket(text: str) -> bool:
+    return "bucket" in text.lower()

@@ -1,0 +1,94 @@
+"""Durations and sizes as people write them: `90 epochs`, `400M samples`, `20000 steps`, `30 minutes`, `256 MiB`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+_NUMBER = r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)"
+_PREFIX = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
+_TIME = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
+_COUNT = ("epoch", "sample", "step")
+_BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+DURATION_PATTERN = rf"^{_NUMBER}\s*([kKMB]?)\s+({'|'.join([*_COUNT, *_TIME])})s?$"
+SIZE_PATTERN = rf"^{_NUMBER}\s*({'|'.join(_BYTES)})$"
+
+
+@dataclass(frozen=True)
+class Duration:
+    """`value` in `unit`, one of epoch, sample, step, second, minute, hour, day."""
+
+    value: float
+    unit: str
+
+    @staticmethod
+    def parse(text: object) -> Duration:
+        """Raises ValueError, naming the allowed units, for anything else than a number and a unit."""
+        if isinstance(text, Duration):
+            return text
+        match = re.match(DURATION_PATTERN, text.strip()) if isinstance(text, str) else None
+        if match is None:
+            units = ", ".join(f"{u}s" for u in (*_COUNT, *_TIME))
+            raise ValueError(f"needs a number and a unit, such as '90 epochs' or '400M samples' (units: {units})")
+        number, prefix, unit = match.groups()
+        return Duration(float(number) * _PREFIX[prefix], unit)
+
+    @property
+    def is_time(self) -> bool:
+        return self.unit in _TIME
+
+    @property
+    def seconds(self) -> float:
+        return self.value * _TIME[self.unit]
+
+    def steps(self, batch: int, samples_an_epoch: int) -> int:
+        """Optimiser steps of `batch` samples that cover this duration, rounded up; at least one.
+
+        An epoch is `samples_an_epoch` samples; batches run on over its end, so no sample is left out or repeated.
+        """
+        assert not self.is_time, "a time has no number of steps"
+        if self.unit == "step":
+            return max(1, round(self.value))
+        samples = self.value * (samples_an_epoch if self.unit == "epoch" else 1)
+        return max(1, math.ceil(samples / batch - 1e-9))
+
+    def __str__(self) -> str:
+        return f"{self.value:.12g} {self.unit}{'' if self.value == 1 else 's'}"
+
+
+def parse_bytes(text: object) -> int:
+    """`256 MiB` or a plain number of bytes. Raises ValueError naming the units."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    match = re.match(SIZE_PATTERN, text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"needs a number and a unit, such as '256 MiB' (units: {', '.join(_BYTES)})")
+    return round(float(match[1]) * _BYTES[match[2]])
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_count(count: float) -> str:
+    """1_234_567 as `1.23M`."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`8.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,1 @@
+"""Stage 1: collections of images become WebDataset tar shards with an index, a table of shards and a manifest."""

@@ -1,0 +1,136 @@
+"""What a dataset directory holds, as its writers publish it and its readers trust it (contract "A dataset").
+
+    <split>-00000.tar ..            samples in WebDataset form: key.png, key.txt, key.cls, key.json
+    <split>-00000.index.parquet ..  one row a sample of that shard, in order (`INDEX_SCHEMA`)
+    shards.parquet                  one row a shard (`SHARDS_SCHEMA`)
+    manifest.json                   totals and fingerprints; published last: without it there is no dataset
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import fingerprint
+from pipeline.core.errors import DataError
+from pipeline.core.storage import Storage
+
+FORMAT = 1
+
+# Offsets and lengths are of a member's data, in bytes from the start of the tar; a missing member has length -1.
+# A whole sample, headers included, is `length` bytes at `offset`; crc32 is of those bytes, sha256 (hex) of the image's.
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("image_offset", pa.int64()),
+        ("image_length", pa.int64()),
+        ("txt_offset", pa.int64()),
+        ("txt_length", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_length", pa.int64()),
+        ("cls", pa.int64()),  # -1: no label
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("crc32", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+SHARDS_SCHEMA = pa.schema([("name", pa.string()), ("split", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One row of the table of shards; `sha256` is of the whole tar."""
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".index.parquet"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`read` = `written` + the sum of `dropped`; `ignored` files were no images and are outside `read`."""
+
+    hash: str  # of the table of shards: names the content, whatever it is called and wherever it lies
+    config: str  # fingerprint of the config that made it, its URL and number of workers left out
+    source: str
+    classes: list[str]
+    splits: dict[str, int]  # samples a split
+    bytes: int
+    read: int
+    written: int
+    ignored: int
+    dropped: dict[str, int]  # by reason
+    dropped_samples: list[dict[str, str]]  # the first of them, each {file, reason, detail}
+    smallest: tuple[int, int] = (0, 0)  # least width and least height of any sample
+    version: int = 1
+    format: int = FORMAT
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    """Parquet with nothing in it that changes from run to run."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def dataset_hash(shards: list[ShardRecord]) -> str:
+    return fingerprint([asdict(s) for s in sorted(shards, key=lambda s: s.name)])
+
+
+def publish(directory: Storage, shards: list[ShardRecord], manifest: Manifest) -> None:
+    """Write the table of shards, then the manifest, which makes the dataset visible."""
+    directory.write("shards.parquet", table_bytes([asdict(s) for s in shards], SHARDS_SCHEMA))
+    directory.write("manifest.json", (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def find_manifest(directory: Storage) -> Manifest | None:
+    """The manifest of the dataset at `directory`, or None where there is no (finished) dataset.
+
+    Raises:
+        DataError: it is no manifest, or of a format this version does not read.
+    """
+    try:
+        values = json.loads(directory.read("manifest.json"))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise DataError(f"data {directory.url}/manifest.json: this is not JSON ({e})") from e
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        given = values.get("format") if isinstance(values, dict) else values
+        raise DataError(f"data {directory.url}/manifest.json: its format is {given!r}, this version reads format {FORMAT}")
+    return Manifest(**{**values, "smallest": tuple(values["smallest"])})
+
+
+def read_manifest(directory: Storage) -> Manifest:
+    manifest = find_manifest(directory)
+    if manifest is None:
+        raise DataError(f"data {directory.url}: there is no dataset here (no manifest.json)")
+    return manifest
+
+
+def read_shards(directory: Storage, split: str) -> list[ShardRecord]:
+    """The shards of one split, by name.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    rows = pq.read_table(io.BytesIO(directory.read("shards.parquet"))).to_pylist()
+    shards = sorted((ShardRecord(**row) for row in rows if row["split"] == split), key=lambda s: s.name)
+    if not shards:
+        raise DataError(f"data {directory.url}: there is no split {split!r} (allowed: {', '.join(sorted({r['split'] for r in rows}))})")
+    return shards
