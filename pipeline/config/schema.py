@@ -14,27 +14,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pipeline.core import units
 
 
-def _duration(*, time: bool, count: bool = True) -> Any:
-    def check(value: object) -> units.Duration:
-        duration = units.Duration.parse(value)
-        if duration.is_time and not time:
-            raise ValueError("must be counted in epochs, samples or steps, not in time")
-        if not duration.is_time and not count:
-            raise ValueError("must be a time, such as '10 minutes'")
-        if duration.value <= 0:
-            raise ValueError("must be more than zero")
-        return duration
-
-    return Annotated[
-        units.Duration,
-        BeforeValidator(check),
-        PlainSerializer(str),
-        WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["90 epochs", "400M samples", "20000 steps"]}),
-    ]
+def _count(value: object) -> units.Duration:
+    duration = _interval(value)
+    if duration.is_time:
+        raise ValueError("must be counted in epochs, samples or steps, not in time")
+    return duration
 
 
-Span = _duration(time=False)  # epochs, samples or steps
-Interval = _duration(time=True)  # those, or a time
+def _interval(value: object) -> units.Duration:
+    duration = units.Duration.parse(value)
+    if duration.value <= 0:
+        raise ValueError("must be more than zero")
+    return duration
+
+
+_DURATION_SCHEMA = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["90 epochs", "400M samples", "20000 steps"]})
+Span = Annotated[units.Duration, BeforeValidator(_count), PlainSerializer(str), _DURATION_SCHEMA]  # epochs, samples or steps
+Interval = Annotated[units.Duration, BeforeValidator(_interval), PlainSerializer(str), _DURATION_SCHEMA]  # those, or a time
 Bytes = Annotated[
     int,
     BeforeValidator(units.parse_bytes),

@@ -27,6 +27,7 @@ class Event:
     text: str = ""
     label: str = ""
     done: float = 0
+    first: float = 0
     total: float = 0
     unit: str = ""
     elapsed: float = 0
@@ -52,7 +53,7 @@ class _Terminal:
             rate = event.done / event.elapsed if event.elapsed > 0 else 0.0
             self._print(f"{event.label:<12} {event.done:,.0f} {event.unit} in {format_seconds(event.elapsed)}, {rate:,.1f} {event.unit}/s {event.text}")
             return
-        meter = tqdm.format_meter(event.done, event.total, event.elapsed, ncols=100 if tty else 80, prefix=f"{event.label:<12}", unit=f" {event.unit}", postfix=event.text)
+        meter = tqdm.format_meter(event.done, event.total, event.elapsed, ncols=100 if tty else 80, prefix=f"{event.label:<12}", unit=f" {event.unit}", postfix=event.text, initial=event.first)
         if tty:
             sys.stderr.write(f"\r\033[K{meter}")
             sys.stderr.flush()
@@ -104,7 +105,8 @@ class Progress:
 
     def _emit(self, finished: bool) -> None:
         done = self.done - self.first if finished else self.done
-        emit(Event(self.text, self.label, done, self.total, self.unit, time.monotonic() - self._start, finished))
+        elapsed = time.monotonic() - self._start
+        emit(Event(self.text, self.label, done, 0 if finished else self.first, self.total, self.unit, elapsed, finished))
 
     def __enter__(self) -> Progress:
         return self

@@ -1,9 +1,9 @@
 """What a dataset directory holds, as its writers publish it and its readers trust it (contract "A dataset").
 
-    <split>-00000.tar ..            samples in WebDataset form: key.png, key.txt, key.cls, key.json
-    <split>-00000.index.parquet ..  one row a sample of that shard, in order (`INDEX_SCHEMA`)
-    shards.parquet                  one row a shard (`SHARDS_SCHEMA`)
-    manifest.json                   totals and fingerprints; published last: without it there is no dataset
+<split>-00000.tar ..            samples in WebDataset form: key.png, key.txt, key.cls, key.json
+<split>-00000.index.parquet ..  one row a sample of that shard, in order (`INDEX_SCHEMA`)
+shards.parquet                  one row a shard (`SHARDS_SCHEMA`)
+manifest.json                   totals and fingerprints; published last: without it there is no dataset
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ INDEX_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-SHARDS_SCHEMA = pa.schema([("name", pa.string()), ("split", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
+SHARDS_SCHEMA = pa.schema(
+    [("name", pa.string()), ("split", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())]
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""The run directory: whose it is, and whether a config may go on with what is there."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import Config, fingerprint
+from pipeline.config.load import parse_yaml
+from pipeline.core.errors import ConfigError, NoSuchRun
+from pipeline.core.progress import say
+from pipeline.core.storage import Storage
+from pipeline.core.tracking import Tracker
+
+# What may differ between two submissions of one run: where and how it runs, not what it computes.
+_FREE = ("cluster", "tracking", "storage", "evaluate", "pretrain.save", "pretrain.validate", "pretrain.log", "pretrain.loaders", "shard.workers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A claimed run directory; `id` stays the same over all resumes and names its MLflow run."""
+
+    config: Config
+    id: str
+    directory: Storage
+
+    @property
+    def dataset_url(self) -> str:
+        """The dataset of this run: its own shards, or the one the config names."""
+        return self.config.data or f"{self.directory.url}/shards"
+
+    @property
+    def tracking_uri(self) -> str:
+        return tracking_uri(self.config)
+
+    def tracker(self, stage: str | None = None) -> Tracker:
+        """The MLflow run of one stage, nested in the run's own; or that one itself."""
+        local = self.directory.is_local
+        state = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "tessera"
+        return Tracker(
+            self.tracking_uri,
+            self.config.tracking.experiment,
+            f"{self.id}/{stage}" if stage else self.id,
+            f"{self.config.name}/{stage}" if stage else self.config.name,
+            (Path(self.directory.path) if local else state) / "spool",
+            artifacts=f"{Path(self.directory.path).parent}/mlartifacts" if local else None,
+            parent=self.id if stage else None,
+        )
+
+
+def run_directory(config: Config) -> Storage:
+    return Storage(config.storage.url, config.storage.endpoint) / config.name
+
+
+def tracking_uri(config: Config) -> str:
+    """Raises ConfigError where storage is remote and no uri is given."""
+    root = Storage(config.storage.url, config.storage.endpoint)
+    if config.tracking.uri:
+        return config.tracking.uri
+    if not root.is_local:
+        raise ConfigError(f"tracking.uri: is missing; storage {config.storage.url} is remote, so name an MLflow server, such as http://mlflow:5000")
+    return f"sqlite:///{root.path}/mlflow.db"
+
+
+def claim_run(config: Config, fresh: bool = False) -> Run:
+    """Make the run directory of `config`, or go on with the one that is there.
+
+    Raises:
+        ConfigError: the run there was made by somebody else, or by a config that differs in what it computes.
+    """
+    directory = run_directory(config)
+    if fresh:
+        for part in ("checkpoints", "evaluation", "report", "timings.json", "run.yaml"):
+            directory.remove(part)
+    values = config.model_dump(mode="json", by_alias=True)
+    record: dict[str, Any] = {"id": uuid.uuid4().hex, "owner": _owner(), "config": values}
+    if directory.create("run.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode()):
+        return Run(config, record["id"], directory)
+    there = _read(directory)
+    if there["owner"] != record["owner"]:
+        raise ConfigError(f"name: {config.name!r} is a run of {there['owner']} in {directory.url}, and you are {record['owner']}; choose another name")
+    differing = _differences(there["config"], values)
+    if differing:
+        raise ConfigError(
+            f"name: the run in {directory.url} was made by a config that differs in {', '.join(differing)}; "
+            "choose another name, give back those values, or start anew with --fresh"
+        )
+    say(f"going on with the run in {directory.url}")
+    return Run(config, there["id"], directory)
+
+
+def find_run(url: str, endpoint: str | None = None) -> dict[str, Any]:
+    """The config values of the run at `url`. Raises NoSuchRun where there is none."""
+    directory = Storage(url, endpoint)
+    try:
+        return _read(directory)["config"]
+    except FileNotFoundError:
+        raise NoSuchRun(f"run {url}: there is no run here (no run.yaml)") from None
+
+
+def _read(directory: Storage) -> dict[str, Any]:
+    return parse_yaml(directory.read("run.yaml"), f"{directory.url}/run.yaml")
+
+
+def _owner() -> str:
+    return os.environ.get("TESSERA_OWNER") or getpass.getuser()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, after = flatten(old), flatten(new)
+    keys = [k for k in {**before, **after} if not any(k == f or k.startswith(f"{f}.") for f in _FREE)]
+    return sorted(k for k in keys if fingerprint(before.get(k)) != fingerprint(after.get(k)))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `section.key`: value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

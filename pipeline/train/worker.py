@@ -1,0 +1,186 @@
+"""One rank of pre-training. Runs under Ray Train, and without Ray under torchrun:
+
+    torchrun --nproc-per-node 2 -m pipeline.train.worker CONFIG [section.key=value ..]
+
+How a run goes: join the group, open the dataset, plan, build the model, start the engine, restore the newest
+checkpoint, train to the end, saving on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import click
+import torch
+
+from pipeline.checkpoint import Checkpoints, ModelCard, Run, adapt_weights, claim_run, find_model
+from pipeline.checkpoint.model import split_url
+from pipeline.config import load_config
+from pipeline.config.schema import Pretrain
+from pipeline.core.errors import ConfigError, TesseraError
+from pipeline.core.progress import Progress, say
+from pipeline.core.storage import Storage
+from pipeline.core.tracking import Tracker
+from pipeline.core.units import format_count
+from pipeline.core.world import World
+from pipeline.models import build_model
+from pipeline.models.vit import VisionTransformer
+from pipeline.objectives import build_objective
+from pipeline.plan import Plan, make_plan
+from pipeline.stream import Dataset, open_dataset, open_stream
+from pipeline.train.loop import Row, train
+from pipeline.train.optim import build_optimizer
+from pipeline.train.saving import restore, save
+from pipeline.train.zero import Engine, check_precision, join_group
+
+
+def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, float]:
+    """Train this rank's share of `run` to the end; rank 0 has the tracker. Gives seconds by part of the work.
+
+    Raises:
+        TesseraError: what a person can mend, with one plain sentence; Diverged.
+    """
+    began = time.perf_counter()
+    config = run.config
+    p = _pretrain(run)
+    check_precision(p.precision)
+    join_group(world)
+    endpoint = config.storage.endpoint
+    dataset = open_dataset(run.dataset_url, p.split, endpoint)
+    held_out = open_dataset(run.dataset_url, p.validation.split, endpoint) if p.validation else None
+    plan = make_plan(config, len(dataset), len(dataset.classes), world.size)
+    model = _start_model(run, dataset).to(world.device)
+    stream = open_stream(
+        run.dataset_url, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loaders,
+        seed=config.seed, split=p.split, image=p.image, endpoint=endpoint,
+    )  # fmt: skip
+    engine = Engine(model, build_optimizer(model, p.optimizer), p, stream.rounds, world)
+    checkpoints = Checkpoints(run.directory)
+    commit, history = restore(engine, checkpoints, dataset.view, world)
+    if commit is None and p.start and p.start.load == "all":
+        url, _ = split_url(p.start.from_)
+        commit, history = restore(engine, Checkpoints(Storage(url, endpoint)), dataset.view, world, "pretrain.start.from")
+    first = commit.step if commit else 0
+    stream.consumed = commit.samples if commit else 0
+    hooks = Recorder(run, dataset, engine, checkpoints, plan, history, world, tracker, first)
+    hooks.seconds["start-up"] = time.perf_counter() - began
+    began = time.perf_counter()
+    with hooks.progress if world.is_main else nullcontext():
+        train(engine, build_objective(p.objective.name, p.objective.arguments), stream, held_out, p, plan, config.seed, world, first, hooks)
+    hooks.seconds["training and validation"] = time.perf_counter() - began - hooks.seconds["saving checkpoints"]
+    return hooks.seconds
+
+
+def _pretrain(run: Run) -> Pretrain:
+    if run.config.pretrain is None:
+        raise ConfigError("pretrain: is missing, and this is the training worker")
+    return run.config.pretrain
+
+
+def _start_model(run: Run, dataset: Dataset) -> VisionTransformer:
+    """A new model, or one with another run's weights where `pretrain.start` says so."""
+    p = _pretrain(run)
+    if not dataset.classes:
+        raise ConfigError(f"pretrain.objective: {p.objective.name!r} needs labels, and {run.dataset_url} has no classes")
+    model = build_model(p.model.name, p.model.arguments, pixels=p.image.pixels, classes=len(dataset.classes), seed=run.config.seed)
+    if p.start and p.start.load == "weights":
+        url, step = split_url(p.start.from_)
+        card, weights = find_model(Storage(url, run.config.storage.endpoint), step)
+        model.load_state_dict(adapt_weights(card, weights, model, "pretrain.start.from"))
+    return model
+
+
+class Recorder:
+    """The hooks of a run: history, tracking, progress, and checkpoints when they are due."""
+
+    def __init__(
+        self, run: Run, dataset: Dataset, engine: Engine, checkpoints: Checkpoints, plan: Plan, history: list[Row], world: World, tracker: Tracker | None, first: int
+    ) -> None:
+        self.run, self.dataset, self.engine, self.checkpoints = run, dataset, engine, checkpoints
+        self.plan, self.history, self.world, self.tracker = plan, history, world, tracker
+        self.seconds: dict[str, float] = {"saving checkpoints": 0.0}
+        self.progress = Progress("pretrain", plan.steps, "steps", done=first)
+        self._saved_at = time.monotonic()
+        self._every = _pretrain(run).save.every
+
+    def record(self, row: Row) -> None:
+        self.history.append(row)
+        if not self.world.is_main:
+            return
+        if self.tracker:
+            self.tracker.metrics({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+        if "train/loss" in row:
+            self.progress.text = f"loss {row['train/loss']:.3f}, {format_count(row['train/images_per_s'])} images/s"
+
+    def after_step(self, step: int) -> None:
+        if self.world.is_main:
+            self.progress.update(1)
+        if step == self.plan.steps or self._is_due(step):
+            began = time.perf_counter()
+            self._save(step)
+            self._saved_at = time.monotonic()
+            self.seconds["saving checkpoints"] += time.perf_counter() - began
+            if self.world.is_main and self.tracker:
+                self.tracker.metrics({"train/save_s": time.perf_counter() - began}, step=step)
+
+    def _is_due(self, step: int) -> bool:
+        if self._every.is_time:
+            # Clocks differ: the first rank's decides.
+            return self.world.broadcast(time.monotonic() - self._saved_at >= self._every.seconds)
+        return step % self._every.steps(_pretrain(self.run).batch, self.plan.samples_an_epoch) == 0
+
+    def _save(self, step: int) -> None:
+        p = _pretrain(self.run)
+        card = ModelCard(
+            p.model.name, p.model.arguments, p.image.pixels, self.dataset.classes, p.image.mean, p.image.std, self.dataset.manifest.hash, self.run.id, step
+        )
+        save(self.engine, self.checkpoints, card, self.dataset.view, step * p.batch, self.history, p.save.keep, self.world)
+
+
+def stage_tracker(run: Run) -> Tracker:
+    """The MLflow run of this run's pre-training, with its parameters."""
+    from pipeline.checkpoint.run import flatten
+
+    tracker = run.tracker("pretrain")
+    tracker.params(flatten({"pretrain": _pretrain(run).model_dump(mode="json", by_alias=True), "seed": run.config.seed}))
+    return tracker
+
+
+def use_cores(processes: int) -> None:
+    """Share this machine's cores among its training processes, instead of each taking all."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, processes)))
+
+
+def end_with(error: TesseraError, say_it: Callable[[str], None] = say) -> None:
+    say_it(f"error: {error}")
+    sys.exit(error.exit_code)
+
+
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+def main(config: str, overrides: tuple[str, ...]) -> None:
+    """Train CONFIG's model from shards that are there already; one process a rank, started by torchrun."""
+    world = World.from_environment()
+    use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    tracker = None
+    try:
+        # Every rank claims the run: whoever is first makes it, the others find the same.
+        run = claim_run(load_config(config, list(overrides)))
+        tracker = stage_tracker(run) if world.is_main else None
+        run_worker(run, world, tracker)
+        if tracker:
+            tracker.close()
+    except TesseraError as e:
+        if tracker:
+            tracker.close("FAILED")
+        end_with(e)
+
+
+if __name__ == "__main__":
+    main()

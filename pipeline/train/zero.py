@@ -1,0 +1,132 @@
+"""DeepSpeed ZeRO behind five verbs: forward, backward, step, save, load. The only user of deepspeed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.config.schema import Pretrain
+from pipeline.core.errors import CheckpointError, ConfigError
+from pipeline.core.world import World
+
+_TAG = "engine"  # DeepSpeed's name for the folder of one checkpoint
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without what it says while it is imported, and without the shared-memory operator that it would
+    otherwise compile for half a minute at the first start (it serves only `inference_all_reduce`)."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed
+        import deepspeed.ops
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if not torch.cuda.is_available():
+            deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def join_group(world: World) -> None:
+    """Join the process group of all ranks: the one that Ray Train made, or one of our own under torchrun or alone."""
+    deepspeed = _import_deepspeed()
+    if not dist.is_initialized() and world.size == 1:
+        # Alone: a store in memory needs no port, which a second run on this machine could hold.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def check_precision(precision: str) -> None:
+    """Raises ConfigError for a precision that this machine's device cannot train in."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("pretrain.precision: 'fp16' needs a GPU (allowed on a CPU: bf16, fp32)")
+
+
+class Engine:
+    """One rank's model under ZeRO. `rounds` micro-batches make a step; calls of all ranks must match."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Pretrain, rounds: int, world: World) -> None:
+        self.world, self.dtype, self.stage = world, _DTYPES[config.precision], config.zero.stage
+        settings = {
+            "train_micro_batch_size_per_gpu": config.micro_batch,
+            "gradient_accumulation_steps": rounds,
+            "train_batch_size": config.micro_batch * rounds * world.size,
+            "zero_optimization": {"stage": config.zero.stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": config.optimizer.clip or 0.0,
+            "bf16": {"enabled": config.precision == "bf16"},
+            "fp16": {"enabled": config.precision == "fp16"},
+            "steps_per_print": 10**12,
+            "wall_clock_breakdown": False,
+        }
+        with contextlib.redirect_stdout(sys.stderr):
+            self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model to call; gathers partitioned parameters where stage 3 keeps them apart."""
+        return self.engine
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks."""
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """To be called after each backward; every `rounds`th call updates the parameters."""
+        self.engine.step()
+
+    def gradient_norm(self) -> float:
+        """Of the last update, over all parameters and ranks, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's part of the training state, and nothing else, below `directory`."""
+        (directory / _TAG).mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            self.engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        for script in directory.glob("*.py"):  # DeepSpeed adds its recovery scripts; the weights are saved in fp32 anyway
+            script.unlink()
+
+    def load(self, directory: Path) -> None:
+        """Take up a state that the same number of ranks saved at the same stage.
+
+        Raises:
+            CheckpointError: DeepSpeed found nothing that it could use.
+        """
+        with contextlib.redirect_stdout(sys.stderr):
+            path, _ = self.engine.load_checkpoint(str(directory), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"checkpoint {directory}: DeepSpeed found no training state in it")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All parameters in fp32 on the CPU, gathered from their partitions; empty on every rank but the first."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full: dict[str, torch.Tensor] = {}
+        for name, parameter in self.engine.module.named_parameters():
+            if self.stage == 0 and self.dtype == torch.float32:
+                value = parameter
+            else:
+                value = safe_get_full_fp32_param(parameter)
+            if self.world.is_main:
+                full[name] = value.detach().float().cpu().clone().view(parameter.ds_shape if self.stage == 3 else parameter.shape).contiguous()
+        return full

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A real Ray on this machine, unless a test before has started one."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def _photo(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
+    """Smooth colours, so that JPEG keeps them, brighter to the top left, so that turning shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([255 - 4 * x - 2 * y, 250 - 6 * y, np.full_like(x, (seed * 37) % 256)], axis=-1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def photo() -> Callable[..., Image.Image]:
+    return _photo
+
+
+@pytest.fixture
+def encoded() -> Callable[..., bytes]:
+    def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def tree(tmp_path: Path, encoded: Callable[..., bytes]) -> Path:
+    """40 cats, 40 dogs in PNG and JPEG, a caption each; a damaged image, an empty one, two files that are none."""
+    root = tmp_path / "tree"
+    for n in range(80):
+        kind = ("cat", "dog")[n % 2]
+        folder = root / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix, name = (("JPEG", "jpg"), ("PNG", "png"))[n // 2 % 2]
+        (folder / f"{n:03d}.{name}").write_bytes(encoded(_photo(40 + n % 5, 32, n), suffix))
+        (folder / f"{n:03d}.txt").write_text(f"a {kind}, number {n}")
+    good = encoded(_photo(64, 64), "JPEG")
+    (root / "dog" / "damaged.jpg").write_bytes(good[:-40])
+    (root / "cat" / "nothing.png").write_bytes(b"")
+    (root / "README.md").write_text("about")
+    (root / "cat" / "Thumbs.db").write_bytes(b"\0" * 99)
+    return root

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+
+from pipeline.config import Config, parse_config
+from pipeline.core.errors import DataError, StorageError
+from pipeline.core.storage import Storage
+from pipeline.shards import job
+from pipeline.shards.job import make_dataset
+from pipeline.shards.layout import PlannedShard
+from pipeline.shards.manifest import find_manifest, read_manifest, read_shards
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def config(source: Path, **shard: object) -> Config:
+    section = {"source": {"url": str(source)}, "splits": {"train": 0.7, "test": 0.3}, "size": "60 KiB", **shard}
+    return parse_config({"name": "t", "storage": "runs", "shard": section})
+
+
+def contents(directory: Storage) -> dict[str, bytes]:
+    return {name: directory.read(name) for name in directory.names()}
+
+
+def test_the_whole_stage(tree: Path, tmp_path: Path) -> None:
+    directory = Storage(str(tmp_path / "shards"))
+    manifest, metrics = make_dataset(config(tree), directory)
+    assert read_manifest(directory) == manifest
+    assert (manifest.read, manifest.written, manifest.ignored) == (82, 80, 2)
+    assert manifest.dropped == {"corrupt": 1, "empty": 1}
+    assert [(d["file"], d["reason"]) for d in manifest.dropped_samples] == [("cat/nothing.png", "empty"), ("dog/damaged.jpg", "corrupt")]
+    assert "premature end" in manifest.dropped_samples[1]["detail"].lower()
+    assert manifest.classes == ["cat", "dog"] and sum(manifest.splits.values()) == 80
+    assert manifest.smallest == (40, 32) and manifest.source == str(tree)
+    assert {k: metrics[f"shard/{k}"] for k in ("read", "written", "dropped", "ignored")} == {
+        "read": 82,
+        "written": 80,
+        "dropped": 2,
+        "ignored": 2,
+    }
+    assert metrics["shard/images_per_s"] > 0 and metrics["shard/bytes"] == manifest.bytes
+
+    records = [r for split in ("train", "test") for r in read_shards(directory, split)]
+    assert len(read_shards(directory, "train")) > 1 and all(r.bytes <= 60 * 1024 for r in records)
+    names = {n for r in records for n in (r.name, r.index_name)}
+    assert set(directory.names()) == names | {"manifest.json", "shards.parquet"}
+    read = [s for r in records for s in wds.WebDataset(str(tmp_path / "shards" / r.name), shardshuffle=False)]
+    assert len({s["__key__"] for s in read}) == 80
+    for sample in read:
+        path = json.loads(sample["json"])["source"]
+        assert manifest.classes[int(sample["cls"])] == path.partition("/")[0]
+        assert sample[path.rpartition(".")[2]] == (tree / path).read_bytes()
+        assert sample["txt"] == (tree / path).with_suffix(".txt").read_bytes()
+
+
+def test_the_number_of_workers_changes_nothing(tree: Path, tmp_path: Path) -> None:
+    made = []
+    for workers in (1, 2):
+        directory = Storage(str(tmp_path / f"shards-{workers}"))
+        make_dataset(config(tree, workers=workers, images={"resize": {"pixels": 24}}), directory)
+        made.append(contents(directory))
+    assert made[0] == made[1]
+
+
+def test_a_finished_dataset_is_kept_and_another_replaces_it(tree: Path, tmp_path: Path) -> None:
+    directory = Storage(str(tmp_path / "shards"))
+    first, _ = make_dataset(config(tree), directory)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir()}
+    assert make_dataset(config(tree, workers=1), directory) == (first, {})
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir()} == before
+
+    second, metrics = make_dataset(config(tree, splits={"all": 1.0}, size="10 MiB"), directory)
+    assert metrics and second.hash != first.hash
+    assert directory.names() == ["all-00000.index.parquet", "all-00000.tar", "manifest.json", "shards.parquet"]
+
+
+def test_a_dataset_of_another_folder_is_not_taken_for_this_one(tree: Path, tmp_path: Path) -> None:
+    directory = Storage(str(tmp_path / "shards"))
+    first, _ = make_dataset(config(tree), directory)
+    tree.rename(tmp_path / "moved")
+    second, metrics = make_dataset(config(tmp_path / "moved"), directory)
+    assert metrics and second.hash == first.hash  # the same images are the same content, wherever they lie
+
+
+def test_flat_images_with_labels_beside_them(tree: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for n, path in enumerate(sorted((tree / "dog").glob("*.png"))[:6]):
+        (flat / path.name).write_bytes(path.read_bytes())
+        if n:
+            (flat / path.name).with_suffix(".cls").write_text(str(n % 3))
+    manifest, _ = make_dataset(config(flat, splits={"train": 1.0}), Storage(str(tmp_path / "shards")))
+    assert manifest.classes == ["0", "1", "2"] and manifest.written == 6
+
+
+def test_nothing_usable_is_an_error_with_its_reasons(tmp_path: Path) -> None:
+    for n in range(30):
+        (tmp_path / f"{n}.png").write_bytes(b"" if n % 3 else b"text")
+    directory = Storage(str(tmp_path / "shards"))
+    with pytest.raises(DataError, match=r"^shard.source.url: none of the 30 images in .* can be used \(20 empty, 10 not-an-image\)$"):
+        make_dataset(config(tmp_path), directory)
+    assert find_manifest(directory) is None
+
+
+def test_an_unusable_source_leaves_an_earlier_dataset_alone(tree: Path, tmp_path: Path) -> None:
+    directory = Storage(str(tmp_path / "shards"))
+    first, _ = make_dataset(config(tree), directory)
+    with pytest.raises(DataError, match="there is no folder"):
+        make_dataset(config(tmp_path / "gone"), directory)
+    assert read_manifest(directory) == first
+
+
+def test_an_error_inside_a_task_is_told_in_its_own_words(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(planned: PlannedShard, *_: object) -> None:
+        raise StorageError(f"storage x/{planned.name}: no permission to write")
+
+    monkeypatch.setattr(job, "write_planned", broken)
+    with pytest.raises(StorageError, match=r"^storage x/.*\.tar: no permission to write$"):
+        make_dataset(config(tree), Storage(str(tmp_path / "shards")))
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="file"):
+        make_dataset(config(tree), Storage(str(tmp_path / "file" / "shards")))

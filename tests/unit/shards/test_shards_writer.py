@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from pipeline.core.errors import StorageError
+from pipeline.core.storage import Storage
+from pipeline.shards import writer
+from pipeline.shards.images import Checked
+from pipeline.shards.layout import sample_key
+from pipeline.shards.manifest import INDEX_SCHEMA
+from pipeline.shards.samples import Sample
+from pipeline.shards.writer import write_shard
+
+
+@pytest.fixture
+def samples(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) -> list[Sample]:
+    made = []
+    for n in range(10):
+        kind, extension = (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))[n % 3]
+        image = Checked(encoded(photo(20 + n, 30 - n, n), kind), extension, 20 + n, 30 - n)
+        text = f"caption {n}".encode() if n % 2 else None
+        made.append(Sample(sample_key(str(n)), image, n % 4 - 1, text, json.dumps({"source": f"{n}.x"}).encode()))
+    return made
+
+
+def test_offsets_point_at_the_bytes(tmp_path: Path, samples: list[Sample]) -> None:
+    directory = Storage(str(tmp_path / "data"))
+    written = write_shard(directory, "train-00000.tar", "train", samples)
+    assert written is not None
+    assert (written.smallest, written.largest_label) == ((20, 21), 2)
+    record, tar = written.record, directory.read("train-00000.tar")
+    assert (record.name, record.split, record.samples, record.bytes) == ("train-00000.tar", "train", 10, len(tar))
+    assert record.sha256 == hashlib.sha256(tar).hexdigest()
+    table = pq.read_table(io.BytesIO(directory.read("train-00000.index.parquet")))
+    assert table.schema == INDEX_SCHEMA
+    end = 0
+    for row, sample in zip(table.to_pylist(), samples, strict=True):
+        assert row["key"] == sample.key and row["cls"] == sample.label
+        assert (row["width"], row["height"]) == (sample.image.width, sample.image.height)
+        assert row["offset"] == end  # one after the other, nothing between
+        end += row["length"]
+        assert zlib.crc32(tar[row["offset"] : end]) == row["crc32"]
+
+        def member(name: str, row: dict = row) -> bytes:
+            return tar[row[f"{name}_offset"] :][: row[f"{name}_length"]]
+
+        assert member("image") == sample.image.data
+        assert hashlib.sha256(member("image")).hexdigest() == row["sha256"]
+        assert member("json") == sample.meta
+        if sample.text is None:
+            assert (row["txt_offset"], row["txt_length"]) == (-1, -1)
+        else:
+            assert member("txt") == sample.text
+    assert not tar[end:].strip(b"\0") and len(tar) - end >= 1024  # the end-of-archive marker
+
+
+def test_plain_webdataset_reads_it(tmp_path: Path, samples: list[Sample]) -> None:
+    write_shard(Storage(str(tmp_path)), "train-00000.tar", "train", samples)
+    read = list(wds.WebDataset(str(tmp_path / "train-00000.tar"), shardshuffle=False).decode("pil"))
+    assert [r["__key__"] for r in read] == [s.key for s in samples]
+    for got, sample in zip(read, samples, strict=True):
+        assert got.get("cls") == (sample.label if sample.label >= 0 else None)
+        assert got.get("txt") == (sample.text.decode() if sample.text else None)
+        assert got[sample.image.extension].size == (sample.image.width, sample.image.height)
+
+
+def test_same_samples_same_bytes(tmp_path: Path, samples: list[Sample]) -> None:
+    one, two = Storage(str(tmp_path / "1")), Storage(str(tmp_path / "2"))
+    for directory in (one, two):
+        write_shard(directory, "a.tar", "a", iter(samples))
+    for name in ("a.tar", "a.index.parquet"):
+        assert one.read(name) == two.read(name)
+    assert one.names() == ["a.index.parquet", "a.tar"]
+
+
+def test_no_samples_no_shard(tmp_path: Path) -> None:
+    assert write_shard(Storage(str(tmp_path)), "a.tar", "a", []) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write_tar", full)
+    with pytest.raises(StorageError, match=r"cannot write the shard a.tar here, the disk is full \(TMPDIR"):
+        write_shard(Storage(str(tmp_path)), "a.tar", "a", samples)
