@@ -81,7 +81,9 @@ class Checkpoints:
         """Make the checkpoint exist. Raises CheckpointError where another writer committed this step."""
         data = json.dumps(asdict(commit), indent=1).encode()
         if not self.directory.create(f"step-{commit.step}/COMMIT.json", data):
-            raise CheckpointError(f"checkpoint {self.directory.url}/step-{commit.step}: another job has committed this step; is this run running twice?")
+            raise CheckpointError(
+                f"checkpoint {self.directory.url}/step-{commit.step}: another job has committed this step; is this run running twice?"
+            )
 
     def fetch(self, commit: Commit, into: Path, names: set[str] | None = None) -> None:
         """Copy a checkpoint's files (or those named) below `into`, checking each against its receipt.

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint.commit import Checkpoints
+from pipeline.config.schema import Pretrain
 from pipeline.core.errors import CheckpointError, NoSuchRun
 from pipeline.core.storage import Storage
+from pipeline.models import build_model
 from pipeline.models.vit import VisionTransformer, resize_positions
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -45,16 +47,25 @@ def find_model(run: Storage, step: int | None = None) -> tuple[ModelCard, dict[s
     Raises:
         NoSuchRun: nothing was committed there. CheckpointError: no such step, or it is damaged.
     """
+    with tempfile.TemporaryDirectory(prefix="tessera-model-") as local:
+        return _fetch_card(run, step, Path(local), {WEIGHTS}), load_file(Path(local) / WEIGHTS)
+
+
+def find_card(run: Storage, step: int | None = None) -> ModelCard:
+    """The card alone; raises as `find_model`."""
+    with tempfile.TemporaryDirectory(prefix="tessera-model-") as local:
+        return _fetch_card(run, step, Path(local), set())
+
+
+def _fetch_card(run: Storage, step: int | None, into: Path, others: set[str]) -> ModelCard:
+    """Fetch the card, and `others` of the checkpoint's files, below `into`."""
     checkpoints = Checkpoints(run)
     steps = checkpoints.steps()
     if not steps:
         raise NoSuchRun(f"run {run.url}: there is no committed checkpoint here")
-    commit = checkpoints.read(step if step is not None else steps[-1])
-    with tempfile.TemporaryDirectory(prefix="tessera-model-") as local:
-        checkpoints.fetch(commit, Path(local), {WEIGHTS, CARD})
-        values = json.loads((Path(local) / CARD).read_text())
-        card = ModelCard(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-        return card, load_file(Path(local) / WEIGHTS)
+    checkpoints.fetch(checkpoints.read(step if step is not None else steps[-1]), into, {CARD, *others})
+    values = json.loads((into / CARD).read_text())
+    return ModelCard(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 def split_url(url: str) -> tuple[str, int | None]:
@@ -78,11 +89,38 @@ def adapt_weights(card: ModelCard, weights: dict[str, torch.Tensor], model: Visi
             fitted[name] = torch.zeros_like(wanted[name])
         elif name not in wanted:
             fitted.pop(name, None)
-    for name in sorted({*wanted, *fitted}):
-        theirs, ours = (tuple(s[name].shape) if name in s else "none" for s in (fitted, wanted))
+    _check_shapes(card, fitted, wanted, where)
+    return fitted
+
+
+def check_start(pretrain: Pretrain, endpoint: str | None, where: str = "pretrain.start.from") -> None:
+    """Preflight: raise what is wrong with the checkpoint that `pretrain.start` names, from its card alone.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or it is of a different model.
+    """
+    assert pretrain.start is not None, "called for a config that starts from a checkpoint"
+    url, step = split_url(pretrain.start.from_)
+    try:
+        card = find_card(Storage(url, endpoint), step)
+    except NoSuchRun as e:
+        raise CheckpointError(f"{where}: there is no committed checkpoint in {url}") from e
+    except CheckpointError as e:
+        raise CheckpointError(f"{where}: {e}") from e
+    with torch.device("meta"):  # shapes without numbers
+        theirs = build_model(card.model, card.arguments, pixels=card.pixels, classes=len(card.classes))
+        ours = build_model(pretrain.model.name, pretrain.model.arguments, pixels=pretrain.image.pixels, classes=len(card.classes))
+    if pretrain.start.load == "weights":
+        adapt_weights(card, theirs.state_dict(), ours, where)
+    else:
+        _check_shapes(card, theirs.state_dict(), ours.state_dict(), where)
+
+
+def _check_shapes(card: ModelCard, given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], where: str) -> None:
+    for name in sorted({*wanted, *given}):
+        theirs, ours = (tuple(s[name].shape) if name in s else "none" for s in (given, wanted))
         if theirs != ours:
             raise CheckpointError(
                 f"{where}: the checkpoint of run {card.run} at step {card.step} is of a different model, {card.model} {card.arguments}: "
                 f"its {name} has shape {theirs}, this model's has {ours}"
             )
-    return fitted

@@ -14,12 +14,21 @@ import yaml
 from pipeline.config import Config, fingerprint
 from pipeline.config.load import parse_yaml
 from pipeline.core.errors import ConfigError, NoSuchRun
-from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
 
 # What may differ between two submissions of one run: where and how it runs, not what it computes.
-_FREE = ("cluster", "tracking", "storage", "evaluate", "pretrain.save", "pretrain.validate", "pretrain.log", "pretrain.loaders", "shard.workers")
+_FREE = (
+    "cluster",
+    "tracking",
+    "storage",
+    "evaluate",
+    "pretrain.save",
+    "pretrain.validate",
+    "pretrain.log",
+    "pretrain.loaders",
+    "shard.workers",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Run:
     config: Config
     id: str
     directory: Storage
+    is_new: bool = True
 
     @property
     def dataset_url(self) -> str:
@@ -64,7 +74,9 @@ def tracking_uri(config: Config) -> str:
     if config.tracking.uri:
         return config.tracking.uri
     if not root.is_local:
-        raise ConfigError(f"tracking.uri: is missing; storage {config.storage.url} is remote, so name an MLflow server, such as http://mlflow:5000")
+        raise ConfigError(
+            f"tracking.uri: is missing; storage {config.storage.url} is remote, so name an MLflow server, such as http://mlflow:5000"
+        )
     return f"sqlite:///{root.path}/mlflow.db"
 
 
@@ -75,24 +87,41 @@ def claim_run(config: Config, fresh: bool = False) -> Run:
         ConfigError: the run there was made by somebody else, or by a config that differs in what it computes.
     """
     directory = run_directory(config)
+    there = check_claim(config, fresh)
     if fresh:
         for part in ("checkpoints", "evaluation", "report", "timings.json", "run.yaml"):
             directory.remove(part)
-    values = config.model_dump(mode="json", by_alias=True)
-    record: dict[str, Any] = {"id": uuid.uuid4().hex, "owner": _owner(), "config": values}
-    if directory.create("run.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode()):
-        return Run(config, record["id"], directory)
-    there = _read(directory)
-    if there["owner"] != record["owner"]:
-        raise ConfigError(f"name: {config.name!r} is a run of {there['owner']} in {directory.url}, and you are {record['owner']}; choose another name")
-    differing = _differences(there["config"], values)
-    if differing:
+    if there is None or fresh:
+        record: dict[str, Any] = {"id": uuid.uuid4().hex, "owner": _owner(), "config": config.model_dump(mode="json", by_alias=True)}
+        if directory.create("run.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode()):
+            return Run(config, record["id"], directory)
+        there = check_claim(config)  # another process was quicker
+        assert there is not None, "a run.yaml that cannot be made is there"
+    return Run(config, there["id"], directory, is_new=False)
+
+
+def check_claim(config: Config, fresh: bool = False) -> dict[str, Any] | None:
+    """The record of the run that is there already, or None. `fresh` would replace it, but never somebody else's.
+
+    Raises:
+        ConfigError: as `claim_run`.
+    """
+    directory = run_directory(config)
+    try:
+        there = _read(directory)
+    except FileNotFoundError:
+        return None
+    if there["owner"] != _owner():
+        raise ConfigError(
+            f"name: {config.name!r} is a run of {there['owner']} in {directory.url}, and you are {_owner()}; choose another name"
+        )
+    differing = _differences(there["config"], config.model_dump(mode="json", by_alias=True))
+    if differing and not fresh:
         raise ConfigError(
             f"name: the run in {directory.url} was made by a config that differs in {', '.join(differing)}; "
             "choose another name, give back those values, or start anew with --fresh"
         )
-    say(f"going on with the run in {directory.url}")
-    return Run(config, there["id"], directory)
+    return there
 
 
 def find_run(url: str, endpoint: str | None = None) -> dict[str, Any]:
@@ -105,7 +134,11 @@ def find_run(url: str, endpoint: str | None = None) -> dict[str, Any]:
 
 
 def _read(directory: Storage) -> dict[str, Any]:
-    return parse_yaml(directory.read("run.yaml"), f"{directory.url}/run.yaml")
+    where = f"{directory.url}/run.yaml"
+    values = parse_yaml(directory.read("run.yaml"), where)
+    if not isinstance(values, dict) or not {"id", "owner", "config"} <= set(values):
+        raise ConfigError(f"{where}: is not the record of a run (needed: id, owner, config)")
+    return values
 
 
 def _owner() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +39,34 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: naming the config path at fault, what was given and what is allowed.
     """
-    values = _read(Path(path), seen=())
+    return parse_config(_read(Path(path), seen=()), overrides)
+
+
+def parse_config(values: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """Check plain values, with `section.key=value` overrides applied; raises as `load_config`."""
+    values = deepcopy(values)
     for override in overrides or []:
         _override(values, override)
-    return parse_config(values)
-
-
-def parse_config(values: dict[str, Any]) -> Config:
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_with_absolute_paths(values))
     except ValidationError as e:
         raise ConfigError("; ".join(dict.fromkeys(_explain(error) for error in e.errors()))) from None
+
+
+# Where a config may name a local path; relative ones resolve against the working directory.
+_PATHS = ("storage", "storage.url", "data", "shard.source.url", "pretrain.start", "pretrain.start.from")
+
+
+def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    for dotted in _PATHS:
+        *parents, last = dotted.split(".")
+        node: Any = values
+        for key in parents:
+            node = node.get(key) if isinstance(node, dict) else None
+        path = node.get(last) if isinstance(node, dict) else None
+        if isinstance(path, str) and path and "://" not in path:
+            node[last] = os.path.abspath(path)
+    return values
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:

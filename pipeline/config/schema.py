@@ -28,14 +28,18 @@ def _interval(value: object) -> units.Duration:
     return duration
 
 
-_DURATION_SCHEMA = WithJsonSchema({"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["90 epochs", "400M samples", "20000 steps"]})
+_DURATION_SCHEMA = WithJsonSchema(
+    {"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["90 epochs", "400M samples", "20000 steps"]}
+)
 Span = Annotated[units.Duration, BeforeValidator(_count), PlainSerializer(str), _DURATION_SCHEMA]  # epochs, samples or steps
 Interval = Annotated[units.Duration, BeforeValidator(_interval), PlainSerializer(str), _DURATION_SCHEMA]  # those, or a time
 Bytes = Annotated[
     int,
     BeforeValidator(units.parse_bytes),
     PlainSerializer(lambda n: n),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.SIZE_PATTERN, "examples": ["256 MiB"]}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.SIZE_PATTERN, "examples": ["256 MiB"]}]}
+    ),
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -81,6 +85,8 @@ class Cluster(Section):
     gpus: Annotated[int, Field(ge=0)] | None = None
     min_gpus: Annotated[int, Field(ge=0)] | None = None
     retries: Annotated[int, Field(ge=0)] = Field(3, description="restarts of a failed group of workers")
+    python: str = Field("python", description="the interpreter on the cluster's machines")
+    env: list[str] = Field([], description="names of environment variables that the job gets from the submitter, such as keys of the store")
 
     @property
     def is_local(self) -> bool:

@@ -6,6 +6,7 @@ person looks at renders them. On a terminal one line is rewritten; in a log a li
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -51,9 +52,21 @@ class _Terminal:
         self._last = now
         if event.finished:
             rate = event.done / event.elapsed if event.elapsed > 0 else 0.0
-            self._print(f"{event.label:<12} {event.done:,.0f} {event.unit} in {format_seconds(event.elapsed)}, {rate:,.1f} {event.unit}/s {event.text}")
+            self._print(
+                f"{event.label:<12} {event.done:,.0f} {event.unit} in {format_seconds(event.elapsed)}, "
+                f"{rate:,.1f} {event.unit}/s {event.text}"
+            )
             return
-        meter = tqdm.format_meter(event.done, event.total, event.elapsed, ncols=100 if tty else 80, prefix=f"{event.label:<12}", unit=f" {event.unit}", postfix=event.text, initial=event.first)
+        meter = tqdm.format_meter(
+            event.done,
+            event.total,
+            event.elapsed,
+            ncols=min(120, shutil.get_terminal_size().columns - 1) if tty else 120,
+            prefix=f"{event.label:<12}",
+            unit=f" {event.unit}",
+            postfix=event.text,
+            initial=event.first,
+        )
         if tty:
             sys.stderr.write(f"\r\033[K{meter}")
             sys.stderr.flush()

@@ -29,7 +29,15 @@ _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3, "mode": "standard"}},
 }
-_DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoCredentialsError", "ExpiredToken", "Forbidden", "InvalidClientTokenId")
+_DENIED = (
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "NoCredentialsError",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidClientTokenId",
+)
 
 
 class Storage:
@@ -205,7 +213,7 @@ class Storage:
 
     @contextmanager
     def _explained(self, action: str, key: str) -> Iterator[None]:
-        """Turn what a person can mend into one sentence; let FileNotFoundError and FileExistsError through."""
+        """Turn what a person can mend into one sentence; let FileNotFoundError through."""
         where = f"storage {self.url}/{key}" if key else f"storage {self.url}"
         try:
             yield
@@ -219,7 +227,7 @@ class Storage:
                 raise StorageError(f"{where}: cannot {action}, the disk is full") from e
             if isinstance(e, OSError) and e.errno == errno.EROFS:
                 raise StorageError(f"{where}: cannot {action}, the file system is read-only") from e
-            if isinstance(e, FileNotFoundError | FileExistsError) and (action == "read" or not _names_bucket(text)):
+            if isinstance(e, FileNotFoundError) and (action == "read" or not _names_bucket(text)):
                 raise
             if isinstance(e, PermissionError):
                 raise StorageError(f"{where}: no permission to {action}") from e

@@ -8,6 +8,7 @@ the tag `tessera.key`, which the spool knows even where MLflow has never heard o
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import StorageError
 from pipeline.core.progress import say
 
 _RETRY_AFTER = 5.0  # seconds
@@ -42,16 +44,22 @@ class Tracker:
         parent: the key of the run that this one is nested in.
     """
 
-    def __init__(self, uri: str, experiment: str, key: str, name: str, spool: Path, *, artifacts: str | None = None, parent: str | None = None) -> None:
+    def __init__(
+        self, uri: str, experiment: str, key: str, name: str, spool: Path, *, artifacts: str | None = None, parent: str | None = None
+    ) -> None:
         self.uri, self.experiment, self.key, self.name = uri, experiment, key, name
         self.artifacts, self.parent = artifacts, parent
         self.directory = spool / hashlib.sha256(f"{uri}\n{key}".encode()).hexdigest()[:16]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.directory / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # one writer a spool; a dead one's lock is gone with it
-        self._file = (self.directory / "records.jsonl").open("ab")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)  # one writer a spool; a dead one's lock is gone with it
+            self._file = (self.directory / "records.jsonl").open("a+b", buffering=0)
+            self._end_cut_line()
+        except OSError as e:
+            raise StorageError(f"tracking: records cannot be kept in {self.directory} ({e.strerror})") from e
         self._wake, self._closing, self._failed = threading.Event(), threading.Event(), threading.Event()
-        self._warned = False
+        self._warned = self._lost = False
         self._sender = threading.Thread(target=self._send_all, name=f"tracking {name}", daemon=True)
         self._sender.start()
 
@@ -67,8 +75,12 @@ class Tracker:
     def artifact(self, folder: str, name: str, data: bytes) -> None:
         """Keep `data` as the artifact `folder/name`."""
         kept = self.directory / "files" / hashlib.sha256(data).hexdigest()[:16] / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(data)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(data)
+        except OSError as e:
+            self._warn_of_loss(e)
+            return
         self._append("artifact", folder=folder, file=str(kept.relative_to(self.directory)))
 
     def close(self, status: str = "FINISHED", timeout: float = 60) -> bool:
@@ -85,23 +97,43 @@ class Tracker:
         if sent:
             shutil.rmtree(self.directory)
         else:
-            say(f"warning: tracking {self.uri}: not everything was sent; it is kept in {self.directory} and sent by the next run of this config")
+            say(
+                f"warning: tracking {redact(self.uri)}: not everything was sent; "
+                f"it is kept in {self.directory} and sent by the next run of this config"
+            )
         self._lock.close()
         return sent
 
+    def _end_cut_line(self) -> None:
+        """What a crash cut short gets its newline, so that the next record is on a line of its own."""
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+
     def _append(self, kind: str, **record: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, "time": int(time.time() * 1000), **record}).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **record}).encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            self._warn_of_loss(e)
         self._wake.set()
+
+    def _warn_of_loss(self, error: OSError) -> None:
+        if not self._lost:
+            say(f"warning: tracking {redact(self.uri)}: records are lost, they cannot be kept in {self.directory} ({error.strerror})")
+        self._lost = True
 
     # The sender's thread
 
     def _send_all(self) -> None:
         connection: _Connection | None = None
         while True:
+            closing = self._closing.is_set()  # before looking: nothing is recorded after it
             records, position = self._unsent()
             if not records:
-                if self._closing.is_set():
+                if closing:
                     return
                 self._wake.wait(_RETRY_AFTER)
                 self._wake.clear()
@@ -109,16 +141,15 @@ class Tracker:
             try:
                 connection = connection or _Connection(self)
                 connection.send(records, self.directory)
+                (self.directory / "sent.tmp").write_text(str(position))
+                (self.directory / "sent.tmp").replace(self.directory / "sent")
             except Exception as e:  # noqa: BLE001  whatever goes wrong in the server or its client must not reach training
                 self._warn(e)
                 self._failed.set()
-                if self._closing.is_set():
+                if self._closing.wait(_RETRY_AFTER):
                     return
-                time.sleep(_RETRY_AFTER)
                 continue
             self._failed.clear()
-            (self.directory / "sent.tmp").write_text(str(position))
-            (self.directory / "sent.tmp").replace(self.directory / "sent")
 
     def _unsent(self) -> tuple[list[dict[str, Any]], int]:
         """The next records, and the position in the spool after them. A line that a crash cut short is left out."""
@@ -137,8 +168,11 @@ class Tracker:
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            say(f"warning: tracking {redact(self.uri)} does not answer; records are kept in {self.directory} and sent when it is back ({reason})")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            say(
+                f"warning: tracking {redact(self.uri)} does not answer; "
+                f"records are kept in {self.directory} and sent when it is back ({redact(reason)[:200]})"
+            )
         self._warned = True
 
 
@@ -150,19 +184,21 @@ class _Connection:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from mlflow.exceptions import MlflowException
             from mlflow.tracking import MlflowClient
+        for name in ("mlflow", "alembic"):  # making the first SQLite database is told in many lines otherwise
+            logging.getLogger(name).setLevel(logging.WARNING)
 
         self.error = MlflowException
         self.client = MlflowClient(tracking_uri=tracker.uri)
         self.experiment = self._find_experiment(tracker)
-        self.parent = self._find_run(tracker.parent, {})[0] if tracker.parent else None
+        self.parent = self._find_run(tracker.parent, {}) if tracker.parent else None
         tags = {"mlflow.runName": tracker.name, **({"mlflow.parentRunId": self.parent} if self.parent else {})}
-        self.run, self.is_new = self._find_run(tracker.key, tags)
+        self.run = self._find_run(tracker.key, tags)
+        self.params = dict(self.client.get_run(self.run).data.params)
 
     def _find_experiment(self, tracker: Tracker) -> str:
         found = self.client.get_experiment_by_name(tracker.experiment)
@@ -176,13 +212,13 @@ class _Connection:
                 raise
             return found.experiment_id  # another process was quicker
 
-    def _find_run(self, key: str, tags: dict[str, str]) -> tuple[str, bool]:
-        """The MLflow id of the run with this key, and whether it had to be made."""
+    def _find_run(self, key: str, tags: dict[str, str]) -> str:
+        """The MLflow id of the run with this key, which is made where there is none."""
         found = self.client.search_runs([self.experiment], filter_string=f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             self.client.update_run(found[0].info.run_id, status="RUNNING")
-            return found[0].info.run_id, False
-        return self.client.create_run(self.experiment, tags={KEY_TAG: key, **tags}).info.run_id, True
+            return found[0].info.run_id
+        return self.client.create_run(self.experiment, tags={KEY_TAG: key, **tags}).info.run_id
 
     def send(self, records: list[dict[str, Any]], directory: Path) -> None:
         from mlflow.entities import Metric, Param
@@ -197,10 +233,11 @@ class _Connection:
                 self.client.log_batch(self.run, metrics=batch)
                 batch = []
             match record["kind"]:
-                case "params" if self.is_new:  # parameters of a run never change
-                    params = [Param(k, v) for k, v in record["values"].items()]
+                case "params":  # parameters of a run never change
+                    params = [Param(k, v) for k, v in record["values"].items() if k not in self.params]
                     for start in range(0, len(params), 100):
                         self.client.log_batch(self.run, params=params[start : start + 100])
+                    self.params |= record["values"]
                 case "tags":
                     for name, value in record["values"].items():
                         self.client.set_tag(self.run, name, value)

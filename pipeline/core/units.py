@@ -63,9 +63,10 @@ def parse_bytes(text: object) -> int:
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
     match = re.match(SIZE_PATTERN, text.strip()) if isinstance(text, str) else None
-    if match is None:
+    count = round(float(match[1]) * _BYTES[match[2]]) if match else 0
+    if count < 1:
         raise ValueError(f"needs a number and a unit, such as '256 MiB' (units: {', '.join(_BYTES)})")
-    return round(float(match[1]) * _BYTES[match[2]])
+    return count
 
 
 def format_bytes(count: float) -> str:
@@ -86,7 +87,7 @@ def format_count(count: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """`8.2 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

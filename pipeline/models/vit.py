@@ -30,7 +30,18 @@ class VisionTransformer(nn.Module):
     """`classes=0` leaves the head out. `pool` is `token` (the class token) or `gap` (the mean of the patches)."""
 
     def __init__(
-        self, *, pixels: int, patch: int, width: int, depth: int, heads: int, mlp: int, classes: int, pool: str = "token", dropout: float = 0.0, drop_path: float = 0.0
+        self,
+        *,
+        pixels: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp: int,
+        classes: int,
+        pool: str = "token",
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.pixels, self.patch, self.width, self.pool = pixels, patch, width, pool

@@ -17,7 +17,8 @@ class Classify:
         self.smoothing = smoothing
 
     def loss(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Normalised images (b, 3, P, P) and labels (b,) to the mean loss and metrics, each a mean over samples."""
+        """Normalised images (b, 3, P, P) and labels (b,) to the loss and metrics, each a mean over labelled samples; 0 without any."""
         logits = model(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing, ignore_index=-1)
-        return loss, {"top1": (logits.argmax(dim=1) == labels).float().mean()}
+        labelled = (labels >= 0).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing, ignore_index=-1, reduction="sum") / labelled
+        return loss, {"top1": (logits.argmax(dim=1) == labels).sum() / labelled}

@@ -125,13 +125,21 @@ def read_manifest(directory: Storage) -> Manifest:
     return manifest
 
 
+def read_part(directory: Storage, name: str) -> bytes:
+    """A file that the manifest promises. Raises DataError where it is gone."""
+    try:
+        return directory.read(name)
+    except FileNotFoundError:
+        raise DataError(f"data {directory.url}/{name}: is missing") from None
+
+
 def read_shards(directory: Storage, split: str) -> list[ShardRecord]:
     """The shards of one split, by name.
 
     Raises:
-        DataError: there is no such split.
+        DataError: there is no such split, or no table of shards.
     """
-    rows = pq.read_table(io.BytesIO(directory.read("shards.parquet"))).to_pylist()
+    rows = pq.read_table(io.BytesIO(read_part(directory, "shards.parquet"))).to_pylist()
     shards = sorted((ShardRecord(**row) for row in rows if row["split"] == split), key=lambda s: s.name)
     if not shards:
         raise DataError(f"data {directory.url}: there is no split {split!r} (allowed: {', '.join(sorted({r['split'] for r in rows}))})")

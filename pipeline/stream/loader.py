@@ -46,10 +46,22 @@ class Stream:
     ranks in the global batches handed out in full, never those only prefetched."""
 
     def __init__(
-        self, dataset: Dataset, order: Order, image: Image, *, global_batch: int, micro_batch: int, rank: int, world_size: int, workers: int, consumed: int
+        self,
+        dataset: Dataset,
+        order: Order,
+        image: Image,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        consumed: int,
     ) -> None:
         if global_batch % micro_batch or consumed % global_batch:
-            raise ValueError(f"global_batch {global_batch} must be a multiple of micro_batch {micro_batch}, and consumed {consumed} of global_batch")
+            raise ValueError(
+                f"global_batch {global_batch} must be a multiple of micro_batch {micro_batch}, and consumed {consumed} of global_batch"
+            )
         self.dataset, self.order, self.image = dataset, order, image
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.workers = rank, world_size, workers
@@ -124,7 +136,17 @@ def open_stream(
     how = image or Image(pixels=size)
     check_pixels(dataset, how)
     order = Order(len(dataset), dataset.view, seed)
-    return Stream(dataset, order, how, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, workers=workers, consumed=consumed)
+    return Stream(
+        dataset,
+        order,
+        how,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+        consumed=consumed,
+    )
 
 
 def check_pixels(dataset: Dataset, image: Image, where: str = "pretrain.image.pixels") -> None:
@@ -132,7 +154,8 @@ def check_pixels(dataset: Dataset, image: Image, where: str = "pretrain.image.pi
     least = min(dataset.manifest.smallest)
     if least < image.pixels and not image.enlarge:
         raise ConfigError(
-            f"{where}: {image.pixels} is more than the smallest side in the dataset, {least} pixels; choose {least} or less, or set enlarge: true beside it"
+            f"{where}: {image.pixels} is more than the smallest side in the dataset, {least} pixels; "
+            f"choose {least} or less, or set enlarge: true beside it"
         )
 
 

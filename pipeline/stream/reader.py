@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
-from pipeline.shards.manifest import Manifest, ShardRecord, read_manifest, read_shards
+from pipeline.shards.manifest import Manifest, ShardRecord, read_manifest, read_part, read_shards
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,16 @@ class _Shard:
 
     def __init__(self, directory: Storage, record: ShardRecord) -> None:
         self.record = record
-        self.columns = pq.read_table(io.BytesIO(directory.read(record.index_name))).to_pydict()
+        self.columns = pq.read_table(io.BytesIO(read_part(directory, record.index_name))).to_pydict()
         if len(self.columns["key"]) != record.samples:
-            raise DataError(f"data {directory.url}/{record.index_name}: {len(self.columns['key'])} samples, the table of shards says {record.samples}")
-        path = Path(directory.path) / record.name if directory.is_local else _fetch(directory, record)
-        self.file = os.open(path, os.O_RDONLY)
+            raise DataError(
+                f"data {directory.url}/{record.index_name}: {len(self.columns['key'])} samples, the table of shards says {record.samples}"
+            )
+        try:
+            path = Path(directory.path) / record.name if directory.is_local else _fetch(directory, record)
+            self.file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DataError(f"data {directory.url}/{record.name}: is missing") from None
 
     def sample(self, row: int, where: str) -> Sample:
         at = {name: column[row] for name, column in self.columns.items()}
@@ -101,7 +106,9 @@ class Dataset:
 
     def labels(self) -> np.ndarray:
         """Every sample's label in shard order, -1 for none: int64 (len,). Reads the indices, not the shards."""
-        columns = [pq.read_table(io.BytesIO(self.directory.read(s.index_name)), columns=["cls"])["cls"].to_numpy() for s in self.shards]
+        columns = [
+            pq.read_table(io.BytesIO(read_part(self.directory, s.index_name)), columns=["cls"])["cls"].to_numpy() for s in self.shards
+        ]
         return np.concatenate(columns)
 
     @property

@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline.checkpoint import Run
 from pipeline.config.schema import Cluster
 from pipeline.core.errors import ConfigError, Diverged, InfrastructureError, TesseraError, UserError, find_error
-from pipeline.core.progress import Event, emit, set_sink
+from pipeline.core.progress import Event, emit, say, set_sink
 from pipeline.core.world import World
 
 _LOOK_EVERY = 0.5  # seconds
@@ -74,6 +74,7 @@ def pretrain(run: Run) -> dict[str, float]:
     cluster = run.config.cluster
     workers = count_workers(cluster)
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    say(f"pretrain     starting {workers} worker{'' if workers == 1 else 's'} ({'GPU' if use_gpu else 'CPU'})")
     relay = ray.remote(num_cpus=0)(Relay).remote()
     done = threading.Event()
     printer = threading.Thread(target=_show, args=(relay, done), daemon=True)
@@ -83,7 +84,9 @@ def pretrain(run: Run) -> dict[str, float]:
             TorchTrainer(
                 _worker,
                 train_loop_config={"run": run, "relay": relay, "threads": max(1, (os.cpu_count() or 1) // workers)},
-                scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}),
+                scaling_config=ScalingConfig(
+                    num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
+                ),
                 run_config=RunConfig(name=run.id, storage_path=scratch, failure_config=FailureConfig(max_failures=cluster.retries)),
                 torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             ).fit()

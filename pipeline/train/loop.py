@@ -36,7 +36,18 @@ class Hooks(Protocol):
         """`step` optimiser steps are done."""
 
 
-def train(engine: Engine, objective: Classify, stream: Stream, held_out: Dataset | None, config: Pretrain, plan: Plan, seed: int, world: World, first: int, hooks: Hooks) -> None:
+def train(
+    engine: Engine,
+    objective: Classify,
+    stream: Stream,
+    held_out: Dataset | None,
+    config: Pretrain,
+    plan: Plan,
+    seed: int,
+    world: World,
+    first: int,
+    hooks: Hooks,
+) -> None:
     """Steps `first` to `plan.steps`, drawing from `stream`.
 
     Raises:
@@ -65,7 +76,10 @@ def train(engine: Engine, objective: Classify, stream: Stream, held_out: Dataset
         if done % plan.log_every == 0 or done in (1, plan.steps):
             row = _mean(totals, stream.pieces, world)
             if not math.isfinite(row["loss"]):
-                raise Diverged(f"pretrain: the loss is {row['loss']} at step {done}; try a lower pretrain.optimizer.lr or a longer pretrain.schedule.warmup")
+                raise Diverged(
+                    f"pretrain: the loss is {row['loss']} at step {done}; "
+                    "try a lower pretrain.optimizer.lr or a longer pretrain.schedule.warmup"
+                )
             hooks.record({
                 "step": done,
                 "samples": done * config.batch,
@@ -102,7 +116,9 @@ def _equal_turns(batches: Iterator[MicroBatch], samples: int, config: Pretrain, 
         yield next(batches, filler)
 
 
-def _forward(engine: Engine, objective: Classify, batch: MicroBatch, config: Pretrain, world: World) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _forward(
+    engine: Engine, objective: Classify, batch: MicroBatch, config: Pretrain, world: World
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     images = normalize(batch.images.to(world.device, non_blocking=True), config.image.mean, config.image.std, engine.dtype)
     return objective.loss(engine.module, images, batch.labels.to(world.device, non_blocking=True))
 
@@ -139,7 +155,11 @@ class Clock:
         """Samples a second and floating-point operations a second of all ranks together; seconds waited for data."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rate = self._samples / seconds
-        row = {"train/images_per_s": rate, "train/tflops_per_s": rate * flops_a_sample / 1e12, "train/data_wait_fraction": self._waited / seconds}
+        row = {
+            "train/images_per_s": rate,
+            "train/tflops_per_s": rate * flops_a_sample / 1e12,
+            "train/data_wait_fraction": self._waited / seconds,
+        }
         self._start, self._samples, self._waited = time.perf_counter(), 0, 0.0
         return row
 

@@ -17,7 +17,9 @@ from pipeline.train.loop import Row
 from pipeline.train.zero import Engine
 
 
-def save(engine: Engine, checkpoints: Checkpoints, card: ModelCard, view: str, samples: int, history: list[Row], keep: int, world: World) -> None:
+def save(
+    engine: Engine, checkpoints: Checkpoints, card: ModelCard, view: str, samples: int, history: list[Row], keep: int, world: World
+) -> None:
     """Write, upload and commit a checkpoint at `card.step`, then remove those beyond `keep`.
 
     Raises:
@@ -87,9 +89,13 @@ def _newest(checkpoints: Checkpoints) -> Commit | None:
 
 def _check_fits(commit: Commit, engine: Engine, view: str, world: World, where: str) -> None:
     if commit.world_size != world.size:
-        raise CheckpointError(f"{where} was saved by {commit.world_size} workers and can only be resumed by as many, not {world.size}; set cluster.workers")
+        raise CheckpointError(
+            f"{where} was saved by {commit.world_size} workers and can only be resumed by as many, not {world.size}; set cluster.workers"
+        )
     if commit.zero_stage != engine.stage:
-        raise CheckpointError(f"{where} was saved at pretrain.zero.stage {commit.zero_stage} and can only be resumed there, not at {engine.stage}")
+        raise CheckpointError(
+            f"{where} was saved at pretrain.zero.stage {commit.zero_stage} and can only be resumed there, not at {engine.stage}"
+        )
     if commit.view != view:
         raise CheckpointError(f"{where} was trained on other data ({commit.view[:12]}..) than the dataset there now ({view[:12]}..)")
 

@@ -98,7 +98,16 @@ class Recorder:
     """The hooks of a run: history, tracking, progress, and checkpoints when they are due."""
 
     def __init__(
-        self, run: Run, dataset: Dataset, engine: Engine, checkpoints: Checkpoints, plan: Plan, history: list[Row], world: World, tracker: Tracker | None, first: int
+        self,
+        run: Run,
+        dataset: Dataset,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        plan: Plan,
+        history: list[Row],
+        world: World,
+        tracker: Tracker | None,
+        first: int,
     ) -> None:
         self.run, self.dataset, self.engine, self.checkpoints = run, dataset, engine, checkpoints
         self.plan, self.history, self.world, self.tracker = plan, history, world, tracker
@@ -136,7 +145,15 @@ class Recorder:
     def _save(self, step: int) -> None:
         p = _pretrain(self.run)
         card = ModelCard(
-            p.model.name, p.model.arguments, p.image.pixels, self.dataset.classes, p.image.mean, p.image.std, self.dataset.manifest.hash, self.run.id, step
+            p.model.name,
+            p.model.arguments,
+            p.image.pixels,
+            self.dataset.classes,
+            p.image.mean,
+            p.image.std,
+            self.dataset.manifest.hash,
+            self.run.id,
+            step,
         )
         save(self.engine, self.checkpoints, card, self.dataset.view, step * p.batch, self.history, p.save.keep, self.world)
 

@@ -41,6 +41,8 @@ def _import_deepspeed() -> Any:
 def join_group(world: World) -> None:
     """Join the process group of all ranks: the one that Ray Train made, or one of our own under torchrun or alone."""
     deepspeed = _import_deepspeed()
+    # DeepSpeed calls collectives by names that torch 2.13 has begun to replace.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized() and world.size == 1:
         # Alone: a store in memory needs no port, which a second run on this machine could hold.
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -123,10 +125,10 @@ class Engine:
 
         full: dict[str, torch.Tensor] = {}
         for name, parameter in self.engine.module.named_parameters():
-            if self.stage == 0 and self.dtype == torch.float32:
-                value = parameter
-            else:
-                value = safe_get_full_fp32_param(parameter)
+            # Under ZeRO the parameter itself is a 16-bit copy or a part: the whole fp32 value is gathered from all ranks.
+            in_place = self.stage == 0 and self.dtype == torch.float32
+            value = parameter if in_place else safe_get_full_fp32_param(parameter)
             if self.world.is_main:
-                full[name] = value.detach().float().cpu().clone().view(parameter.ds_shape if self.stage == 3 else parameter.shape).contiguous()
+                shape = parameter.ds_shape if self.stage == 3 else parameter.shape
+                full[name] = value.detach().float().cpu().clone().view(shape).contiguous()
         return full

@@ -1,0 +1,113 @@
+"""python launch/submit.py CONFIG [section.key=value ..]: run a config here, or submit it to a Ray cluster.
+
+CONFIG is a YAML file, or the URL of a run to go on with. The same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+import yaml
+
+from pipeline.__main__ import fail, run_here
+from pipeline.config import Config, load_config
+from pipeline.config.load import parse_config
+from pipeline.core.errors import ConfigError, ExitCode, TesseraError
+
+
+@click.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1)
+@click.option("--local", is_flag=True, help="Run on this machine, whatever the config's cluster.")
+@click.option("--address", help="The Ray dashboard to submit to, such as http://head:8265.")
+@click.option("--detach", is_flag=True, help="Submit, and do not wait for the end.")
+@click.option("--fresh", is_flag=True, help="Start anew where a run of this name exists: its checkpoints are removed.")
+@click.option("--plan", is_flag=True, help="Print what would happen; start nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --plan: as JSON.")
+@click.option("--schema", is_flag=True, help="Print the config's JSON schema, for editors.")
+def main(
+    config: str | None,
+    overrides: tuple[str, ...],
+    local: bool,
+    address: str | None,
+    detach: bool,
+    fresh: bool,
+    plan: bool,
+    as_json: bool,
+    schema: bool,
+) -> None:
+    """Run CONFIG, or submit it to a cluster. CONFIG is a YAML file, or the URL of a run to go on with."""
+    if schema:
+        click.echo(json.dumps(Config.model_json_schema(), indent=2))
+        return
+    if config is None:
+        raise click.UsageError("Missing argument 'CONFIG'.")
+    if local and address:
+        raise click.UsageError("--local and --address exclude each other.")
+    try:
+        code = _run(_load(config, list(overrides), local, address), address, detach=detach, fresh=fresh, plan=plan, as_json=as_json)
+    except TesseraError as e:
+        fail(e)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+        sys.exit(int(ExitCode.STOPPED))
+    sys.exit(int(code))
+
+
+def _load(config: str, overrides: list[str], local: bool, address: str | None) -> Config:
+    if local:
+        overrides.append("cluster.name=local")
+    elif address:
+        overrides += ["cluster.name=ray", f"cluster.address={json.dumps(address)}"]
+    if "://" in config or Path(config).is_dir():
+        from pipeline.checkpoint.run import find_run
+
+        return parse_config(find_run(config), overrides)
+    return load_config(config, overrides)
+
+
+def _run(config: Config, address: str | None, *, detach: bool, fresh: bool, plan: bool, as_json: bool) -> int:
+    if plan:
+        from pipeline.plan.describe import as_text, describe
+        from pipeline.stages import check_config, check_resources, plan_config
+
+        check_config(config)
+        check_resources(config, write=False)
+        facts = describe(config, *plan_config(config))
+        click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
+        return ExitCode.DONE
+    command = "python launch/submit.py " + shlex.join(arg for arg in sys.argv[1:] if arg != "--fresh")
+    if config.cluster.is_local:
+        run_here(config, command=command, fresh=fresh, local=True)
+        return ExitCode.DONE
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise ConfigError(
+            "cluster.address: is missing, and RAY_ADDRESS is not set; "
+            "name the cluster's dashboard, such as http://head:8265, or say --local"
+        )
+    from launch.cluster import RayCluster, use_token
+
+    use_token()  # before anything imports Ray, which looks once
+    from pipeline.stages import check_config
+
+    check_config(config)
+    cluster = RayCluster(address)
+    name = cluster.submit(config, command, fresh)
+    click.echo(f"job {name} on {cluster.address}; ctrl-C stops following, not the job", err=True)
+    if detach:
+        return ExitCode.DONE
+    try:
+        return cluster.follow(name)
+    except KeyboardInterrupt:
+        click.echo(f"\njob {name} goes on; the same command follows it again", err=True)
+        return ExitCode.NOT_FINISHED
+
+
+if __name__ == "__main__":
+    main()

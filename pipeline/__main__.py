@@ -1,0 +1,85 @@
+"""python -m pipeline CONFIG: what runs on the cluster. The stages of one config, in order, on the Ray it finds.
+
+Without a cluster (no RAY_ADDRESS) it starts Ray on this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+import click
+
+from pipeline.config import Config, load_config
+from pipeline.core.errors import ExitCode, TesseraError
+from pipeline.core.tracking import redact
+
+
+def connect_ray(local: bool) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU leaves CUDA_VISIBLE_DEVICES alone
+    import ray
+
+    # What workers have to say comes through the relay of the stage; their raw output stays in Ray's log files.
+    ray.init(
+        address="local" if local else "auto", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if local else None
+    )
+
+
+def run_here(config: Config, *, command: str, fresh: bool = False, local: bool) -> None:
+    """Check, run and sum up `config` in this process.
+
+    Raises:
+        TesseraError: with one plain sentence.
+    """
+    began = time.monotonic()
+    from pipeline.checkpoint.run import check_claim
+    from pipeline.stages import check_config, check_resources, run_stages
+
+    check_config(config)
+    check_claim(config, fresh)
+    check_resources(config)
+    connect_ray(local)
+    outcome = run_stages(config, command=command, fresh=fresh)
+    if outcome.results:
+        click.echo("\nscore                                      value    95% interval      of")
+        for r in outcome.results:
+            click.echo(f"{r.suite + '/' + r.name:<40} {r.value:7.2%}   {r.low:6.2%} to {r.high:6.2%}  {r.n:5,}")
+    click.echo(f"\nrun    {outcome.run.directory.url}")
+    click.echo(f"page   {outcome.page}")
+    uri = outcome.run.tracking_uri
+    click.echo(f"MLflow {f'mlflow ui --backend-store-uri {uri}' if uri.startswith('sqlite') else redact(uri)}")
+    click.echo(f"ran in {time.monotonic() - began:.0f} s")
+
+
+def fail(error: TesseraError) -> None:
+    """Say what is wrong in one sentence, and end with its exit code."""
+    click.echo(f"error: {error}", err=True)
+    sys.stdout.flush()
+    sys.exit(int(error.exit_code))
+
+
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1)
+@click.option("--fresh", is_flag=True, help="Start anew where a run of this name exists.")
+@click.option("--command", "said", default="", help="What the person typed, for the report.")
+def main(config: str, overrides: tuple[str, ...], fresh: bool, said: str) -> None:
+    """Run the stages of CONFIG."""
+    try:
+        run_here(
+            load_config(config, list(overrides)),
+            command=said or f"python -m pipeline {config}",
+            fresh=fresh,
+            local="RAY_ADDRESS" not in os.environ,
+        )
+    except TesseraError as e:
+        fail(e)
+    sys.exit(int(ExitCode.DONE))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Fine-tuning as the ViT paper does it (arXiv 2010.11929, section 3.2 and table 4).
+
+SGD with momentum .9, cosine decay to 0 after a linear warm-up, no weight decay, gradients clipped at norm 1, the head
+zero-initialised, the resolution higher and the position embeddings interpolated. All weights are trained. The training
+view is that of pre-training, at the new resolution. In fp32 on a CPU, in bf16 with fp32 weights on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipeline.checkpoint import ModelCard, adapt_weights
+from pipeline.config.schema import FineTune, Image
+from pipeline.core.errors import Diverged
+from pipeline.core.progress import Progress
+from pipeline.evaluate.features import device, extract, labelled
+from pipeline.evaluate.probe import held_out
+from pipeline.evaluate.tasks import Task
+from pipeline.models import build_model
+from pipeline.models.vit import VisionTransformer
+from pipeline.stream import Dataset, Stream
+from pipeline.stream.decode import normalize
+from pipeline.stream.order import Order
+
+MOMENTUM = 0.9
+CLIP = 1.0
+_LOOK_EVERY = 10  # steps between looks at the loss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`image` is the training view, whose `pixels` is the new resolution; `limit` the most images in one pass."""
+
+    image: Image
+    steps: int
+    batch: int
+    warmup: int
+    limit: int
+
+    @staticmethod
+    def of(how: FineTune, image: Image, pixels: int, micro_batch: int) -> Settings:
+        """From the config: `image` and `micro_batch` are those of pre-training; a pass holds as many patches as there."""
+        limit = max(1, micro_batch * image.pixels**2 // pixels**2)
+        view = image.model_copy(update={"pixels": pixels, "enlarge": True})
+        return Settings(view, how.steps, how.batch, how.warmup, limit)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`correct` of `n` images; `loss` is the last training loss seen."""
+
+    lr: float
+    correct: int
+    n: int
+    loss: float
+    seconds: float
+    diverged: bool = False
+
+    @property
+    def top1(self) -> float:
+        return self.correct / self.n
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Order):
+    """The order of some samples of a dataset: a permutation of `numbers` an epoch."""
+
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @staticmethod
+    def of(dataset: Dataset, numbers: np.ndarray, seed: int) -> Part:
+        return Part(len(numbers), dataset.view, seed, numbers=numbers)
+
+    def samples(self, start: int, count: int) -> np.ndarray:
+        return self.numbers[super().samples(start, count)]
+
+
+def sweep_lr(card: ModelCard, state: dict[str, torch.Tensor], task: Task, settings: Settings, lr: float, seed: int) -> Outcome:
+    """Train on nine tenths of the training split, score on the tenth held out. A rate that diverges scores none."""
+    train = task.open(task.train)
+    numbers = labelled(train)
+    inner, outer = held_out(len(numbers), seed)
+    try:
+        return _train_and_score(card, state, task, settings, lr, seed, train, numbers[inner], train, numbers[outer], f"lr {lr:g}")
+    except Diverged:
+        return Outcome(lr, 0, len(outer), math.nan, 0.0, diverged=True)
+
+
+def fine_tune(card: ModelCard, state: dict[str, torch.Tensor], task: Task, settings: Settings, lr: float, seed: int) -> Outcome:
+    """Train on all of the training split, score on the test split.
+
+    Raises:
+        Diverged: the loss is no longer a number.
+    """
+    train, test = task.open(task.train), task.open(task.test)
+    return _train_and_score(card, state, task, settings, lr, seed, train, labelled(train), test, labelled(test), f"seed {seed}")
+
+
+def choose_lr(outcomes: Sequence[Outcome]) -> float:
+    """The rate with the best held-out score; the lower one of a tie."""
+    return max(outcomes, key=lambda o: (not o.diverged, o.correct, -o.lr)).lr
+
+
+def describe(swept: Sequence[Outcome], tuned: Sequence[Outcome]) -> dict[str, Any]:
+    """For a result's details: the chosen rate, how the others did, the last training losses of the seeds."""
+    sweep = [{"lr": o.lr, "held_out_top1": o.top1, "diverged": o.diverged} for o in sorted(swept, key=lambda o: o.lr)]
+    return {"lr": tuned[0].lr, "sweep": sweep, "losses": [o.loss for o in tuned]}
+
+
+def prepare(card: ModelCard, state: dict[str, torch.Tensor], pixels: int, classes: int) -> VisionTransformer:
+    """The model at `pixels` a side: positions interpolated, the head zero.
+
+    Raises:
+        CheckpointError: the weights are of another model.
+    """
+    model = build_model(card.model, card.arguments, pixels=pixels, classes=classes)
+    model.load_state_dict(adapt_weights(card, state, model, "evaluate.fine_tune"))
+    assert isinstance(model.head, torch.nn.Linear), "a model for classes has a head"
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    return model.to(device())
+
+
+def learning_rate(lr: float, step: int, settings: Settings) -> float:
+    """At `step`, from 0: linear over the warm-up, then a cosine (arXiv 1608.03983, equation 5) that ends at 0."""
+    if step < settings.warmup:
+        return lr * (step + 1) / settings.warmup
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
+
+
+def pass_size(batch: int, limit: int) -> int:
+    """The largest divisor of `batch` that is at most `limit`."""
+    return next(n for n in range(min(batch, limit), 0, -1) if batch % n == 0)
+
+
+def _train_and_score(
+    card: ModelCard,
+    state: dict[str, torch.Tensor],
+    task: Task,
+    settings: Settings,
+    lr: float,
+    seed: int,
+    train: Dataset,
+    learn: np.ndarray,
+    test: Dataset,
+    score: np.ndarray,
+    label: str,
+) -> Outcome:
+    start = time.perf_counter()
+    model = prepare(card, state, settings.image.pixels, len(task.classes))
+    stream = Stream(
+        train,
+        Part.of(train, learn, seed),
+        settings.image,
+        global_batch=settings.batch,
+        micro_batch=pass_size(settings.batch, settings.limit),
+        rank=0,
+        world_size=1,
+        workers=1,
+        consumed=0,
+    )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)  # dropout
+        loss = _train(model, card, stream, settings, lr, label)
+    logits = extract(model.eval(), card, test, score, pixels=settings.image.pixels, batch=settings.limit)
+    correct = int((logits.values.argmax(axis=1) == logits.labels).sum())
+    return Outcome(lr, correct, len(score), loss, time.perf_counter() - start)
+
+
+def _train(model: VisionTransformer, card: ModelCard, stream: Stream, settings: Settings, lr: float, label: str) -> float:
+    """`settings.steps` steps in place; the last loss."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=0.0)
+    pieces, where, last = iter(stream), device(), math.nan
+    with Progress(label, settings.steps, "steps") as progress:
+        for step in range(settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(lr, step, settings)
+            total = torch.zeros((), device=where)
+            for _ in range(stream.rounds):
+                piece = next(pieces)
+                images = normalize(piece.images.to(where), card.mean, card.std)
+                with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), piece.labels.to(where)) / stream.rounds
+                loss.backward()
+                total += loss.detach()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % _LOOK_EVERY == 0 or step == settings.steps - 1:
+                last = float(total)
+                if not math.isfinite(last):
+                    raise Diverged(f"evaluate.fine_tune.lr: at {lr:g} the loss is {last} at step {step}; choose a lower rate")
+            progress.update(1, f"loss {last:.3f}")
+    return last

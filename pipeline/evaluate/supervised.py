@@ -1,0 +1,38 @@
+"""The model's own head on a task with the model's own classes."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from pipeline.checkpoint import ModelCard
+from pipeline.evaluate.features import extract, load_model
+from pipeline.evaluate.results import Result, make_result
+from pipeline.evaluate.tasks import Task
+
+
+def evaluate_supervised(card: ModelCard, state: dict[str, torch.Tensor], task: Task, fingerprint: str) -> Result:
+    """Top-1 of the head; `details["predictions"]` keeps each test sample's key, label, prediction and probability."""
+    assert task.classes == card.classes, "the head knows its own classes only"
+    start = time.perf_counter()
+    logits = extract(load_model(card, state), card, task.open(task.test))
+    probabilities = softmax(logits.values)
+    predicted = probabilities.argmax(axis=1)
+    correct = int((predicted == logits.labels).sum())
+    predictions = {
+        "key": logits.keys,
+        "label": logits.labels.tolist(),
+        "predicted": predicted.tolist(),
+        "probability": [round(float(p), 4) for p in probabilities.max(axis=1)],
+    }
+    details = {"data": task.url, "split": task.test, "predictions": predictions}
+    seconds = time.perf_counter() - start
+    return make_result("supervised", task, [correct], len(logits.labels), seconds=seconds, fingerprint=fingerprint, details=details)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Logits (N, C) to probabilities (N, C), in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

@@ -1,0 +1,147 @@
+"""Curves of a run as inline SVG that takes its colours from the page, so that it reads in light and in dark.
+
+matplotlib draws with placeholder colours; each is then replaced by a CSS variable of the page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+from pipeline.core.units import format_count
+
+# Placeholder -> what stands in the page.
+_COLOURS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--line)",
+    "#040404": "var(--accent)",
+    "#050505": "var(--second)",
+}
+_INK, _MUTED, _LINE, ACCENT, SECOND = _COLOURS
+_POINTS = 600  # of one line; more cannot be told apart
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: `svg` is markup to put into the page as it is; `caption` tells what it shows, with its last values."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class _Line:
+    name: str  # of the metric
+    label: str
+    colour: str
+
+
+def draw_curves(history: Sequence[Row]) -> list[Plot]:
+    """The plots that the recorded metrics allow; `history` is as `read_history` gives it."""
+    train, held_out = ("train/", "training", SECOND), ("validate/", "held out", ACCENT)
+    wanted = [
+        ("Loss", "cross-entropy, nats", [_Line(f"{p}loss", label, colour) for p, label, colour in (train, held_out)], "linear"),
+        ("Accuracy", "top-1, %", [_Line(f"{p}top1", label, colour) for p, label, colour in (train, held_out)], "percent"),
+        ("Learning rate", "learning rate", [_Line("train/lr", "learning rate", ACCENT)], "linear"),
+        ("Gradient norm", "2-norm of the gradient", [_Line("train/grad_norm", "gradient norm", ACCENT)], "log"),
+        ("Throughput", "images/s", [_Line("train/images_per_s", "images/s", ACCENT)], "from zero"),
+        ("Waiting for data", "share of the time, %", [_Line("train/data_wait_fraction", "waiting", ACCENT)], "share"),
+    ]
+    plots = [_draw(history, title, unit, lines, scale) for title, unit, lines, scale in wanted]
+    return [plot for plot in plots if plot is not None]
+
+
+def _draw(history: Sequence[Row], title: str, unit: str, lines: list[_Line], scale: str) -> Plot | None:
+    factor = 100.0 if scale in ("percent", "share") else 1.0
+    series = [(line, points) for line in lines if (points := _points(history, line.name, factor))]
+    if not series:
+        return None
+    style: Any = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": title, "axes.edgecolor": _LINE, "text.color": _INK}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        for line, points in series:
+            x, y = zip(*_thin(points), strict=True)
+            few = len(x) <= 30
+            axes.plot(x, y, color=line.colour, linewidth=1.8, label=line.label, marker="o" if few else "", markersize=3)
+        _tidy(axes, unit, scale)
+        if len(series) > 1:
+            axes.legend(frameon=False, labelcolor=_INK, handlelength=1.4, loc="best")
+        last = ", ".join(
+            f"{line.label} {_number(points[-1][1], scale)}" if len(lines) > 1 else _number(points[-1][1], scale) for line, points in series
+        )
+        caption = f"{title} by step. At the end: {last}{' images/s' if scale == 'from zero' else ''}."
+        return Plot(title, caption, _to_svg(figure, caption))
+
+
+def _points(history: Sequence[Row], name: str, factor: float) -> list[tuple[float, float]]:
+    return [(row["step"], row[name] * factor) for row in history if row.get(name) is not None]
+
+
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about `_POINTS` of them, evenly, the last kept."""
+    every = -(-len(points) // _POINTS)
+    return points if every == 1 else [*points[:-1:every], points[-1]]
+
+
+def _tidy(axes: Axes, unit: str, scale: str) -> None:
+    axes.set_xlabel("step", color=_MUTED)
+    axes.set_ylabel(unit, color=_MUTED)
+    axes.tick_params(colors=_MUTED, length=0, pad=6)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if axes.get_xlim()[1] >= 20000 else "{x:,.0f}")
+    low, high = axes.get_ylim()
+    if scale == "log" and low > 0 and high / low > 20:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high / low < 500 else (1.0,)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    elif scale == "percent":
+        axes.set_ylim(max(0, low), min(100.5, high))
+    elif scale in ("from zero", "share"):
+        axes.set_ylim(0, max(high, 1.0))
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        largest = max(abs(low), abs(high))
+        axes.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else f"{value:.3g}" if largest < 1000 else format_count(value))
+
+
+def _number(value: float, scale: str) -> str:
+    return f"{value:.2f}%" if scale in ("percent", "share") else format_count(value) if value >= 1000 else f"{value:.3g}"
+
+
+def _to_svg(figure: Figure, caption: str) -> str:
+    sink = io.BytesIO()
+    figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = sink.getvalue().decode()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every figure, and nothing refers to them
+    for placeholder, variable in _COLOURS.items():
+        svg = svg.replace(placeholder, variable)
+    svg = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font: \1px var(--sans)", svg)
+    # The title speaks to screen readers; the size is the page's to choose.
+    head = f'<svg role="img" aria-label="{_escape(caption)}"'
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1).replace(
+        "<svg", head, 1
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

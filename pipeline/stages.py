@@ -1,0 +1,212 @@
+"""The stages of one config, in order, on the Ray that is there: shard, pretrain, evaluate, report.
+
+`check_config` and `check_resources` find what is wrong before anything starts; `run_stages` runs; `plan_config` says
+what would happen. Each stage that is finished already is passed over, so that the same command again goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import yaml
+
+from pipeline.checkpoint import Checkpoints, Run, claim_run
+from pipeline.checkpoint.model import check_start
+from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
+from pipeline.config import Config, fingerprint
+from pipeline.core.errors import TesseraError, choose
+from pipeline.core.progress import say
+from pipeline.core.storage import Storage
+from pipeline.core.tracking import Tracker
+from pipeline.evaluate.job import evaluate
+from pipeline.evaluate.results import Result
+from pipeline.evaluate.tasks import check_evaluate
+from pipeline.models import check_model
+from pipeline.objectives import check_objective
+from pipeline.plan import Plan, make_plan
+from pipeline.report.page import write_report
+from pipeline.shards.job import make_dataset
+from pipeline.shards.manifest import Manifest, find_manifest
+from pipeline.shards.sources import check_source, open_source
+from pipeline.stream import open_dataset
+from pipeline.stream.loader import check_pixels
+from pipeline.train.job import count_workers, pretrain
+from pipeline.train.optim import OPTIMIZERS
+from pipeline.train.schedule import SCHEDULES
+from pipeline.train.zero import check_precision
+
+TIMINGS = "timings.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to show."""
+
+    run: Run
+    results: list[Result]
+    page: str | None
+
+
+def check_config(config: Config) -> None:
+    """Raises ConfigError for what is wrong with a config in itself; touches nothing outside it."""
+    tracking_uri(config)
+    p = config.pretrain
+    if p:
+        check_model(p.model.name, p.model.arguments, p.image.pixels)
+        check_objective(p.objective.name, p.objective.arguments)
+        choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
+        choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
+        if config.shard:
+            choose("pretrain.split", p.split, config.shard.splits)
+            if p.validation:
+                choose("pretrain.validate.split", p.validation.split, config.shard.splits)
+    check_evaluate(config)
+
+
+def check_resources(config: Config, write: bool = True) -> None:
+    """Raises TesseraError for what the config names and is not there, or cannot be used: source, data, storage, start.
+
+    With `write`, an object is written to the storage and removed.
+    """
+    p = config.pretrain
+    if p and config.cluster.is_local:
+        check_precision(p.precision)
+    if config.shard:
+        check_source(config.shard)
+    if p and config.data:
+        check_pixels(open_dataset(config.data, p.split, config.storage.endpoint), p.image)
+    if p and p.start:
+        check_start(p, config.storage.endpoint)
+    if write:
+        Storage(config.storage.url, config.storage.endpoint).check_writable()
+
+
+def plan_config(config: Config) -> tuple[Plan | None, bool, int]:
+    """The plan of pre-training; whether its number of samples is an estimate, since the dataset may not be made yet, and
+    some images may then be dropped; and the number of workers it is for. Starts and writes nothing."""
+    p = config.pretrain
+    workers = config.cluster.workers or config.cluster.gpus or torch.cuda.device_count() or 2
+    if p is None:
+        return None, False, workers
+    url = config.data or f"{run_directory(config).url}/shards"
+    manifest = (
+        find_manifest(Storage(url, config.storage.endpoint))
+        if config.shard
+        else open_dataset(url, p.split, config.storage.endpoint).manifest
+    )
+    if manifest:
+        return make_plan(config, manifest.splits[p.split], len(manifest.classes), workers), False, workers
+    assert config.shard is not None, "a config without data has a shard section"
+    listing = open_source(config.shard.source).scan()
+    return make_plan(config, max(1, round(len(listing.items) * config.shard.splits[p.split])), len(listing.classes), workers), True, workers
+
+
+def run_stages(config: Config, *, command: str, fresh: bool = False) -> Outcome:
+    """Run the stages of `config`, going on with what an earlier call of it left; Ray must be connected.
+
+    Raises:
+        TesseraError: with one plain sentence; what was finished before stays.
+    """
+    run = claim_run(config, fresh)
+    if not run.is_new:
+        say(f"going on with the run in {run.directory.url}")
+    tracker = run.tracker()
+    try:
+        tracker.params(flatten(config.model_dump(mode="json", by_alias=True)))
+        tracker.tags({"tessera.run": run.directory.url, "tessera.config": fingerprint(config)})
+        tracker.artifact("", "config.yaml", yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False).encode())
+        outcome = _Stages(run, tracker, command).run_all()
+    except BaseException as e:
+        tracker.close("FAILED" if isinstance(e, TesseraError) else "KILLED", timeout=10)
+        raise
+    tracker.close()
+    return outcome
+
+
+class _Stages:
+    def __init__(self, run: Run, tracker: Tracker, command: str) -> None:
+        self.run, self.tracker, self.command = run, tracker, command
+        self.config = run.config
+        self.times: list[dict[str, str | float]] = self._read_times()
+
+    def run_all(self) -> Outcome:
+        results: list[Result] = []
+        if self.config.shard:
+            self._shard()
+        if self.config.pretrain:
+            manifest = open_dataset(self.run.dataset_url, self.config.pretrain.split, self.config.storage.endpoint).manifest
+            self.tracker.tags({"dataset.hash": manifest.hash})
+            self.tracker.params({"dataset.hash": manifest.hash})
+            self._pretrain(manifest)
+        if self.config.evaluate:
+            results = self._evaluate()
+        with self._timed("report", "page"):
+            page = write_report(self.run.directory, self.config, self.run.dataset_url, self.command)
+        self.tracker.artifact("report", "index.html", self.run.directory.read("report/index.html"))
+        return Outcome(self.run, results, page)
+
+    def _shard(self) -> None:
+        directory = self.run.directory / "shards"
+        with self._stage("shard") as tracker, self._timed("shard", "folder to shards"):
+            manifest, metrics = make_dataset(self.config, directory)
+            tracker.tags({"dataset.hash": manifest.hash})
+            tracker.metrics(metrics)
+
+    def _pretrain(self, manifest: Manifest) -> None:
+        p = self.config.pretrain
+        assert p is not None, "called for a config that pre-trains"
+        plan = make_plan(self.config, manifest.splits[p.split], len(manifest.classes), count_workers(self.config.cluster))
+        steps = Checkpoints(self.run.directory).steps()
+        if steps and steps[-1] == plan.steps:
+            say(f"pretrain     finished already, at step {plan.steps:,}")
+            return
+        began = time.perf_counter()
+        parts = pretrain(self.run)
+        whole = time.perf_counter() - began
+        for part, seconds in {"starting workers": whole - sum(parts.values()), **parts}.items():
+            self._add_time("pretrain", part, seconds)
+
+    def _evaluate(self) -> list[Result]:
+        with self._stage("evaluate") as tracker, self._timed("evaluate", "all tasks"):
+            results, metrics = evaluate(self.config, self.run.directory, self.run.dataset_url)
+            tracker.metrics(metrics)
+            self.tracker.metrics(metrics)
+        return results
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Tracker]:
+        """The nested MLflow run of one stage, ended as the stage ends."""
+        tracker = self.run.tracker(name)
+        try:
+            yield tracker
+        except BaseException:
+            tracker.close("FAILED", timeout=10)
+            raise
+        tracker.close()
+
+    @contextmanager
+    def _timed(self, stage: str, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._add_time(stage, part, time.perf_counter() - began)
+
+    def _read_times(self) -> list[dict[str, str | float]]:
+        try:
+            return json.loads(self.run.directory.read(TIMINGS))
+        except FileNotFoundError:
+            return []
+
+    def _add_time(self, stage: str, part: str, seconds: float) -> None:
+        """Add to what earlier submissions of this run spent, and keep it at once."""
+        for row in self.times:
+            if (row["stage"], row["part"]) == (stage, part):
+                row["seconds"] = float(row["seconds"]) + seconds
+                break
+        else:
+            self.times.append({"stage": stage, "part": part, "seconds": seconds})
+        self.run.directory.write(TIMINGS, json.dumps(self.times).encode())

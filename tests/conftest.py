@@ -1,0 +1,102 @@
+"""What tests of several rooms share: an S3 server, and small real datasets."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.core.storage import Storage
+from pipeline.shards.images import Checked
+from pipeline.shards.layout import sample_key
+from pipeline.shards.manifest import Manifest, dataset_hash, publish
+from pipeline.shards.samples import Sample
+from pipeline.shards.writer import write_shard
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[tuple[str, Callable[[], str]]]:
+    """(endpoint, a function that makes an empty bucket and gives its `s3://..` URL) of an S3 server in this process."""
+    from moto.server import ThreadedMotoServer
+
+    os.environ |= {"AWS_ACCESS_KEY_ID": "tessera", "AWS_SECRET_ACCESS_KEY": "tessera", "AWS_DEFAULT_REGION": "us-east-1"}
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+
+    def make_bucket() -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        Storage(f"s3://{name}", endpoint).fs.mkdir(name)
+        return f"s3://{name}"
+
+    yield endpoint, make_bucket
+    server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest) -> Storage:
+    """An empty directory on each kind of store."""
+    if request.param == "file":
+        return Storage(str(request.getfixturevalue("tmp_path") / "store"))
+    endpoint, make_bucket = request.getfixturevalue("s3")
+    return Storage(make_bucket() + "/store", endpoint)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _picture(number: int, width: int, height: int, label: int, classes: int) -> bytes:
+    random = np.random.default_rng(number)
+    pixels = random.integers(0, 160, (height, width, 3))
+    pixels[..., label % 3] += 80 * (label + 1) // classes
+    png = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(png, "PNG")
+    return png.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., Manifest]:
+    """Write a dataset of noisy PNGs, without Ray: `make_dataset(directory, {"train": 50, "test": 12})`."""
+
+    def make(
+        directory: Storage,
+        splits: dict[str, int],
+        *,
+        width: int = 8,
+        height: int = 8,
+        classes: int = 3,
+        per_shard: int = 20,
+        unlabelled: int = 0,
+    ) -> Manifest:
+        """Every `unlabelled`th sample has no label."""
+        written = []
+        for split, count in splits.items():
+            for shard, first in enumerate(range(0, count, per_shard)):
+                samples = []
+                for n in range(first, min(first + per_shard, count)):
+                    label = -1 if unlabelled and n % unlabelled == 0 else n % classes
+                    image = Checked(_picture(n, width, height, n % classes, classes), "png", width, height)
+                    samples.append(Sample(sample_key(f"{split}/{n}"), image, label, f"{split} {n}".encode(), b'{"n": %d}' % n))
+                written.append(write_shard(directory, f"{split}-{shard:05d}.tar", split, samples))
+        records = [w.record for w in written if w is not None]
+        manifest = Manifest(
+            hash=dataset_hash(records), config="none", source="made", classes=[str(c) for c in range(classes)], splits=splits,
+            bytes=sum(r.bytes for r in records), read=sum(splits.values()), written=sum(splits.values()), ignored=0, dropped={}, dropped_samples=[],
+            smallest=(width, height),
+        )  # fmt: skip
+        publish(directory, records, manifest)
+        return manifest
+
+    return make

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from pipeline.checkpoint import Checkpoints, Commit, ModelCard
+from pipeline.checkpoint.model import CARD, WEIGHTS, write_model
+from pipeline.config import Config, parse_config
+from pipeline.core.storage import Storage
+from pipeline.evaluate.results import make_result, write_result
+from pipeline.evaluate.supervised import evaluate_supervised
+from pipeline.evaluate.tasks import Task
+from pipeline.models import build_model
+from pipeline.shards.job import make_dataset
+
+CLASSES = ["<b>dark", "light"]
+MODEL = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
+HISTORY = [
+    {"step": s, "samples": 8 * s, "train/loss": 2.0 / s, "train/top1": 1 - 0.5 / s, "train/lr": 1e-3, "train/grad_norm": 1.0}
+    for s in range(1, 6)
+]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A real Ray on this machine, unless a test before has started one."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dark and light squares, 24 of each, of 8 x 8 pixels; a damaged image and a file that is none."""
+    folder = tmp_path_factory.mktemp("report") / "tree"
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for n in range(24):
+            Image.fromarray(np.full((8, 8, 3), 30 + 150 * label + n, np.uint8)).save(folder / name / f"{n:02d}.png")
+    (folder / "light" / "broken.png").write_bytes((folder / "light" / "00.png").read_bytes()[:50])
+    (folder / "light" / "notes.md").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(tree: Path) -> Config:
+    return parse_config(
+        {
+            "name": "tiny",
+            "storage": str(tree.parent / "runs"),
+            "cluster": "local",
+            "tracking": {"uri": "http://me:secret@mlflow:5000"},
+            "shard": {"source": {"url": str(tree)}, "splits": {"train": 0.7, "test": 0.3}},
+            "pretrain": {"model": {"name": "vit", **MODEL}, "image": {"pixels": 8}, "duration": "5 steps", "batch": 8, "micro_batch": 8},
+            "evaluate": {"suites": ["squares"]},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def dataset_url(tree: Path, config: Config, cluster: None) -> str:
+    directory = Storage(str(tree.parent / "dataset"))
+    make_dataset(config, directory)
+    return directory.url
+
+
+@pytest.fixture(scope="session")
+def run(config: Config, dataset_url: str) -> Storage:
+    """A run with a committed checkpoint, results and timings. Its head tells by brightness and is sometimes wrong."""
+    run = Storage(config.storage.url) / config.name
+    data = Task("squares", dataset_url, "train", "test", [])
+    task = Task("squares", dataset_url, "train", "test", data.open("test").classes)
+    card = ModelCard("vit", MODEL, 8, task.classes, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "tiny", 5)
+    model = build_model("vit", MODEL, pixels=8, classes=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(run)
+    with tempfile.TemporaryDirectory() as local:
+        write_model(Path(local), card, model.state_dict())
+        (Path(local) / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HISTORY))
+        files = [checkpoints.upload(5, "one", name, Path(local) / name) for name in (WEIGHTS, CARD, "history.jsonl")]
+    checkpoints.commit(Commit(5, 40, "one", 1, 0, "view", files))
+    write_result(run, evaluate_supervised(card, model.state_dict(), task, "f"))
+    write_result(run, make_result("few-shot/5", task, [9, 10, 12], 14, seconds=1, fingerprint="f", details={"shots": 5}))
+    timings = [{"stage": "shard", "part": "", "seconds": 3.0}, {"stage": "pretrain", "part": "steps", "seconds": 9.0}]
+    run.write("timings.json", json.dumps(timings).encode())
+    return run
