@@ -57,13 +57,18 @@ class RayCluster:
             raise ClusterUnreachable(f"cluster.address: {self.address} does not answer as a Ray dashboard ({e})") from e
 
     def _knock(self) -> None:
-        parts = urlsplit(self.address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"cluster.address: {self.address!r} is not an address of a Ray dashboard (allowed: http://host:8265 or https://..)"
-            )
+        refusal = ConfigError(
+            f"cluster.address: {self.address!r} is not an address of a Ray dashboard (allowed: http://host:8265 or https://..)"
+        )
         try:
-            socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=_CONNECT).close()
+            parts = urlsplit(self.address)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            raise refusal from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise refusal
+        try:
+            socket.create_connection((parts.hostname, port), timeout=_CONNECT).close()
         except OSError as e:
             raise ClusterUnreachable(f"cluster.address: nobody answers at {self.address} ({e})") from e
 

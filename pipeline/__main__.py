@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 
 import click
 
@@ -51,7 +52,8 @@ def run_here(config: Config, *, command: str, fresh: bool = False, local: bool) 
     click.echo(f"\nrun    {outcome.run.directory.url}")
     click.echo(f"page   {outcome.page}")
     uri = outcome.run.tracking_uri
-    click.echo(f"MLflow {f'mlflow ui --backend-store-uri {uri}' if uri.startswith('sqlite') else redact(uri)}")
+    mlflow = os.path.relpath(Path(sys.executable).parent / "mlflow")
+    click.echo(f"MLflow {f'{mlflow} ui --backend-store-uri {uri}' if uri.startswith('sqlite') else redact(uri)}")
     click.echo(f"ran in {time.monotonic() - began:.0f} s")
 
 

@@ -30,7 +30,7 @@ from pipeline.models import check_model
 from pipeline.objectives import check_objective
 from pipeline.plan import Plan, make_plan
 from pipeline.report.page import write_report
-from pipeline.shards.job import make_dataset
+from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.manifest import Manifest, find_manifest
 from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import open_dataset
@@ -76,7 +76,7 @@ def check_resources(config: Config, write: bool = True) -> None:
     p = config.pretrain
     if p and config.cluster.is_local:
         check_precision(p.precision)
-    if config.shard:
+    if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
     if p and config.data:
         check_pixels(open_dataset(config.data, p.split, config.storage.endpoint), p.image)

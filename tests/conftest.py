@@ -21,6 +21,16 @@ from pipeline.shards.writer import write_shard
 
 
 @pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A real Ray on this machine, one for all tests that use Ray in their own process."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
 def s3() -> Iterator[tuple[str, Callable[[], str]]]:
     """(endpoint, a function that makes an empty bucket and gives its `s3://..` URL) of an S3 server in this process."""
     from moto.server import ThreadedMotoServer

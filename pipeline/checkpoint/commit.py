@@ -116,6 +116,8 @@ class Checkpoints:
         A commit goes before its data, so that no reader ever finds a commit without them.
         """
         committed = self.steps()
+        if not committed:
+            return
         for step in committed[:-keep]:
             self.directory.remove(f"step-{step}/COMMIT.json")
         for name in self.directory.names():

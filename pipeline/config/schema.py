@@ -261,7 +261,7 @@ class Evaluate(Section):
 
 class Config(Section):
     name: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     storage: StorageSection
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()

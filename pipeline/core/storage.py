@@ -27,7 +27,7 @@ from pipeline.core.errors import CredentialsError, StorageError
 
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3, "mode": "standard"}},
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 2, "mode": "standard"}},
 }
 _DENIED = (
     "AccessDenied",
@@ -185,8 +185,11 @@ class Storage:
     def check_writable(self) -> None:
         """Raises StorageError, with the reason, unless an object can be written and removed here."""
         probe = f".probe-{uuid.uuid4().hex}"
-        self.write(probe, b"tessera")
-        self.remove(probe)
+        try:
+            self.write(probe, b"tessera")
+            self.remove(probe)
+        except (StorageError, CredentialsError) as e:
+            raise type(e)(str(e).replace(f"/{probe}", "")) from e
 
     def _beside(self, key: str, data: bytes | None) -> str:
         """A new temporary file in the directory of `key`, holding `data`, synced to disk."""
@@ -213,7 +216,7 @@ class Storage:
 
     @contextmanager
     def _explained(self, action: str, key: str) -> Iterator[None]:
-        """Turn what a person can mend into one sentence; let FileNotFoundError through."""
+        """Turn what a person can mend into one sentence; let a reader's FileNotFoundError through."""
         where = f"storage {self.url}/{key}" if key else f"storage {self.url}"
         try:
             yield
@@ -227,14 +230,10 @@ class Storage:
                 raise StorageError(f"{where}: cannot {action}, the disk is full") from e
             if isinstance(e, OSError) and e.errno == errno.EROFS:
                 raise StorageError(f"{where}: cannot {action}, the file system is read-only") from e
-            if isinstance(e, FileNotFoundError) and (action == "read" or not _names_bucket(text)):
+            if isinstance(e, FileNotFoundError) and action == "read":
                 raise
             if isinstance(e, PermissionError):
                 raise StorageError(f"{where}: no permission to {action}") from e
             if isinstance(e, OSError) or type(e).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
                 raise StorageError(f"{where}: cannot {action} ({text})") from e
             raise
-
-
-def _names_bucket(text: str) -> bool:
-    return "bucket" in text.lower()

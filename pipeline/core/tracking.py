@@ -102,7 +102,7 @@ class Tracker:
                 f"it is kept in {self.directory} and sent by the next run of this config"
             )
         self._lock.close()
-        return sent
+        return sent and not self._lost
 
     def _end_cut_line(self) -> None:
         """What a crash cut short gets its newline, so that the next record is on a line of its own."""

@@ -29,6 +29,7 @@ from pipeline.models.vit import VisionTransformer
 from pipeline.stream import Dataset, Stream
 from pipeline.stream.decode import normalize
 from pipeline.stream.order import Order
+from pipeline.train.schedule import factor
 
 MOMENTUM = 0.9
 CLIP = 1.0
@@ -130,10 +131,8 @@ def prepare(card: ModelCard, state: dict[str, torch.Tensor], pixels: int, classe
 
 
 def learning_rate(lr: float, step: int, settings: Settings) -> float:
-    """At `step`, from 0: linear over the warm-up, then a cosine (arXiv 1608.03983, equation 5) that ends at 0."""
-    if step < settings.warmup:
-        return lr * (step + 1) / settings.warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
+    """At `step`, from 0: linear over the warm-up, then a cosine that ends at 0."""
+    return lr * factor("cosine", step, settings.steps, settings.warmup)
 
 
 def pass_size(batch: int, limit: int) -> int:

@@ -75,8 +75,10 @@ def _memory(p: Pretrain, model: VisionTransformer, parameters: int, workers: int
     moments = {"adamw": 2, "adam": 2, "sgd": 1}.get(p.optimizer.name, 2)
     optimizer = (4 * moments + (4 if half else 0)) * parameters
 
+    stage = max(1, p.zero.stage) if half else p.zero.stage  # the engine runs 16-bit stage 0 as stage 1 (train/zero.py)
+
     def shared(size: int, from_stage: int) -> int:
-        return -(-size // workers) if p.zero.stage >= from_stage else size
+        return -(-size // workers) if stage >= from_stage else size
 
     return Memory(
         parameters=shared(width * parameters, 3),

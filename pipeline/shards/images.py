@@ -69,7 +69,7 @@ class Dropped:
     detail: str
 
 
-class _Drop(Exception):  # noqa: N818  carries a result, not an error
+class _Drop(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.dropped = Dropped(reason, detail)

@@ -52,8 +52,8 @@ def make_dataset(config: Config, directory: Storage) -> tuple[Manifest, dict[str
     """
     shard = config.shard
     assert shard is not None, "called for a config with a shard section"
-    found = find_manifest(directory)
-    if found is not None and (found.config, found.source) == (dataset_fingerprint(shard), shard.source.url):
+    found = find_made(shard, directory)
+    if found is not None:
         progress.say(f"shard        the dataset is there already: {found.written:,} samples in {directory.url}")
         return found, {}
     start = time.monotonic()
@@ -64,6 +64,12 @@ def make_dataset(config: Config, directory: Storage) -> tuple[Manifest, dict[str
     manifest, shards = _summarise(shard, listing, _write_all(shard, source, listing, planned, directory))
     publish(directory, shards, manifest)
     return manifest, _metrics(manifest, time.monotonic() - start)
+
+
+def find_made(shard: Shard, directory: Storage) -> Manifest | None:
+    """The manifest at `directory` if it is that of the dataset which `shard` describes, made from the same URL."""
+    found = find_manifest(directory)
+    return found if found is not None and (found.config, found.source) == (dataset_fingerprint(shard), shard.source.url) else None
 
 
 def dataset_fingerprint(shard: Shard) -> str:

@@ -64,7 +64,7 @@ def train(
             with clock.waiting():
                 batch = next(batches)
             # Dropout and its like depend on the micro-batch alone: not on the rank that has it, nor on a restart.
-            torch.manual_seed((seed << 40) + batch.index)
+            torch.manual_seed((seed << 32) + batch.index)  # of 64 bits
             loss, metrics = _forward(engine, objective, batch, config, world)
             # Each real micro-batch counts 1 / n; DeepSpeed divides by k and by w.
             engine.backward(loss * (batch.weight * stream.rounds * world.size / stream.pieces))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.checkpoint import Checkpoints, Commit, ModelCard, Receipt
 from pipeline.checkpoint.commit import HISTORY
 from pipeline.checkpoint.model import write_model
-from pipeline.core.errors import CheckpointError, TesseraError
+from pipeline.core.errors import CheckpointError, StorageError, TesseraError
 from pipeline.core.progress import say
 from pipeline.core.world import World
 from pipeline.train.loop import Row
 from pipeline.train.zero import Engine
+
+_FULL = 1 << 20  # a disk with fewer bytes left than this is full
 
 
 def save(
@@ -29,14 +34,16 @@ def save(
     attempt = world.broadcast(uuid.uuid4().hex)
     with tempfile.TemporaryDirectory(prefix="tessera-save-") as local:
         directory = Path(local)
-        engine.save(directory)
+        with _writing(directory):
+            engine.save(directory)
         weights = engine.weights()
         receipts: list[Receipt] = []
         error: TesseraError | None = None
         try:
             if world.is_main:
-                write_model(directory, card, weights)
-                (directory / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in history))
+                with _writing(directory):
+                    write_model(directory, card, weights)
+                    (directory / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in history))
             for file in sorted(p for p in directory.rglob("*") if p.is_file()):
                 receipts.append(checkpoints.upload(step, attempt, file.relative_to(directory).as_posix(), file))
         except TesseraError as e:
@@ -98,6 +105,17 @@ def _check_fits(commit: Commit, engine: Engine, view: str, world: World, where: 
         )
     if commit.view != view:
         raise CheckpointError(f"{where} was trained on other data ({commit.view[:12]}..) than the dataset there now ({view[:12]}..)")
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Tell of a full disk, for which torch and safetensors have errors of their own."""
+    try:
+        yield
+    except Exception as e:
+        if shutil.disk_usage(directory).free > _FULL:
+            raise
+        raise StorageError(f"{directory}: cannot write the checkpoint here, the disk is full (TMPDIR names another place)") from e
 
 
 def _raise_first(errors: list[TesseraError | None]) -> None:

@@ -43,6 +43,8 @@ def join_group(world: World) -> None:
     deepspeed = _import_deepspeed()
     # DeepSpeed calls collectives by names that torch 2.13 has begun to replace.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.device)
     if not dist.is_initialized() and world.size == 1:
         # Alone: a store in memory needs no port, which a second run on this machine could hold.
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -62,11 +64,16 @@ class Engine:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Pretrain, rounds: int, world: World) -> None:
         self.world, self.dtype, self.stage = world, _DTYPES[config.precision], config.zero.stage
+        self.is_plain = self.stage == 0 and self.dtype == torch.float32  # the parameters are whole, and in fp32
+        self._norm: torch.Tensor | None = None
+        # In 16 bits DeepSpeed's stage 0 takes a step of its own before the first (it decays weights and counts in Adam's
+        # bias correction), and does not give out fp32 weights. Stage 1 sends as many bytes and does neither.
+        stage = config.zero.stage if self.dtype == torch.float32 else max(1, config.zero.stage)
         settings = {
             "train_micro_batch_size_per_gpu": config.micro_batch,
             "gradient_accumulation_steps": rounds,
             "train_batch_size": config.micro_batch * rounds * world.size,
-            "zero_optimization": {"stage": config.zero.stage},
+            "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "gradient_clipping": config.optimizer.clip or 0.0,
@@ -93,11 +100,13 @@ class Engine:
 
     def step(self) -> None:
         """To be called after each backward; every `rounds`th call updates the parameters."""
+        if self.is_plain and self.engine.is_gradient_accumulation_boundary():  # here DeepSpeed keeps no norm
+            self._norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
         self.engine.step()
 
     def gradient_norm(self) -> float:
         """Of the last update, over all parameters and ranks, before clipping."""
-        norm = self.engine.get_global_grad_norm()
+        norm = self._norm if self.is_plain else self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
     def save(self, directory: Path) -> None:
@@ -126,8 +135,7 @@ class Engine:
         full: dict[str, torch.Tensor] = {}
         for name, parameter in self.engine.module.named_parameters():
             # Under ZeRO the parameter itself is a 16-bit copy or a part: the whole fp32 value is gathered from all ranks.
-            in_place = self.stage == 0 and self.dtype == torch.float32
-            value = parameter if in_place else safe_get_full_fp32_param(parameter)
+            value = parameter if self.is_plain else safe_get_full_fp32_param(parameter)
             if self.world.is_main:
                 shape = parameter.ds_shape if self.stage == 3 else parameter.shape
                 full[name] = value.detach().float().cpu().clone().view(shape).contiguous()

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +59,12 @@ def service(
             time.sleep(0.3)
         yield
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
+        process.terminate()  # it ends its own children; where they are told too, Ray waits in vain for those gone before it
+        with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def answers(url: str) -> bool:

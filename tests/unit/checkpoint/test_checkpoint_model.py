@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from pipeline.checkpoint import Checkpoints, Commit, ModelCard, adapt_weights, find_model
-from pipeline.checkpoint.model import write_model
-from pipeline.checkpoint.model import split_url
+from pipeline.checkpoint.model import split_url, write_model
 from pipeline.core.errors import CheckpointError, NoSuchRun
 from pipeline.core.storage import Storage
 from pipeline.models import build_model

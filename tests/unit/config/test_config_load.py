@@ -192,6 +192,7 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         ({**MINIMAL, "evaluate": {"suites": []}}, "evaluate.suites: [] "),
         ({"name": "t", "storage": "r", "shard": {"source": {"url": "x"}, "splits": {"a": 0.5, "b": 0.4}}}, "the fractions must add up to 1, these add up to 0.9"),
         ({"name": "t", "storage": "r", "shard": {"source": {"url": "x"}, "size": "256 mb"}}, "shard.size: '256 mb' needs a number and a unit, such as '256 MiB'"),
+        ({**MINIMAL, "seed": 2**32}, "seed: 4294967296 should be less than 4294967296"),
         ({**MINIMAL, "seed": -1}, "seed: -1 should be greater than or equal to 0"),
     ],
     ids=lambda x: x[:40] if isinstance(x, str) else "",

@@ -224,7 +224,7 @@ def test_a_read_only_file_system(sealed_disk: Path) -> None:
 
 def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("a file")
-    with pytest.raises(StorageError, match=r"x/.probe-.*: cannot write"):
+    with pytest.raises(StorageError, match=r"storage .*/x: cannot write"):
         Storage(str(tmp_path / "x")).check_writable()
 
 

@@ -60,9 +60,10 @@ def test_memory_in_16_bits(precision: str) -> None:
     assert m.activations == 10 * 34 * 5 * 16 * 2 and plan().memory.activations == 2 * m.activations
 
 
-@pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 1)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))])
+@pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 8)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))])
 def test_zero_stages_share(stage: int, shares: tuple[int, int, int]) -> None:
-    """What the ZeRO paper's figure 1 shows: optimiser, then gradients, then parameters, over 8 workers."""
+    """What the ZeRO paper's figure 1 shows: optimiser, then gradients, then parameters, over 8 workers. The engine runs
+    16-bit stage 0 as stage 1."""
     m, n = plan(workers=8, zero={"stage": stage}, precision="bf16").memory, plan().parameters
     assert (m.parameters, m.gradients, m.optimizer) == tuple(-(-b * n // s) for b, s in zip((2, 2, 12), shares, strict=True))
 

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from PIL import Image
 
@@ -27,17 +25,6 @@ HISTORY = [
     {"step": s, "samples": 8 * s, "train/loss": 2.0 / s, "train/top1": 1 - 0.5 / s, "train/lr": 1e-3, "train/grad_norm": 1.0}
     for s in range(1, 6)
 ]
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """A real Ray on this machine, unless a test before has started one."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

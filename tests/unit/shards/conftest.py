@@ -1,25 +1,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from PIL import Image
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """A real Ray on this machine, unless a test before has started one."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def _photo(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:

@@ -76,7 +76,7 @@ def test_a_vanished_file_is_unreadable_but_a_vanished_folder_is_an_error(tmp_pat
 def test_names_that_are_not_utf8(tmp_path: Path, png: bytes) -> None:
     import os
 
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123  a name in bytes
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
         file.write(png)
     listing = FolderSource(str(tmp_path)).scan()
     ((_, sample),) = read_samples(FolderSource(str(tmp_path)), [(sample_key(i.path), i) for i in listing.items], ShardImages(), [])

@@ -1,0 +1,35 @@
+"""Trains several configs one after the other in one process group: `torchrun .. drive.py JOBS.json RESULTS.json`.
+
+A job is {config, overrides}; its result is {error}: the name and text of what was raised, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pipeline.checkpoint import claim_run
+from pipeline.config import load_config
+from pipeline.core.errors import TesseraError
+from pipeline.core.world import World
+from pipeline.train.worker import run_worker, use_cores
+
+
+def main(jobs: Path, results: Path) -> None:
+    world = World.from_environment()
+    use_cores(2)
+    done = []
+    for job in json.loads(jobs.read_text()):
+        error = None
+        try:
+            run_worker(claim_run(load_config(job["config"], job["overrides"])), world, None)
+        except TesseraError as e:
+            error = [type(e).__name__, str(e)]
+        done.append({"error": error})
+    if world.is_main:
+        results.write_text(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.schema import Optimizer
+from pipeline.core.errors import CheckpointError, ConfigError, Diverged
+from pipeline.core.storage import Storage
+from pipeline.core.world import World
+from pipeline.models import build_model
+from pipeline.stream import open_stream
+from pipeline.train.loop import Clock
+from pipeline.train.optim import OPTIMIZERS, build_optimizer, decay_groups
+from pipeline.train.schedule import SCHEDULES, factor
+from pipeline.train.zero import check_precision
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "value"),
+    [
+        ("cosine", 0, 0.25), ("cosine", 2, 0.75), ("cosine", 3, 1.0), ("cosine", 4, 1.0),
+        ("cosine", 54, 0.5), ("cosine", 29, 0.5 * (1 + math.cos(math.pi / 4))), ("cosine", 103, 0.5 * (1 + math.cos(math.pi * 0.99))),
+        ("linear", 1, 0.5), ("linear", 4, 1.0), ("linear", 54, 0.5), ("linear", 103, 0.01),
+        ("constant", 3, 1.0), ("constant", 103, 1.0),
+    ],
+)  # fmt: skip
+def test_schedule(name: str, step: int, value: float) -> None:
+    """104 steps, 4 of them to warm up."""
+    assert factor(name, step, 104, 4) == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_schedules_without_warmup_and_of_one_step(name: str) -> None:
+    assert factor(name, 0, 10, 0) == 1.0 and factor(name, 0, 1, 0) == 1.0
+    rates = [factor(name, s, 50, 0) for s in range(50)]
+    assert all(a >= b >= 0 for a, b in pairwise(rates)) and rates[-1] > 0  # no step is wasted
+    assert factor(name, 3, 4, 9) == pytest.approx(4 / 9)  # all of it warm-up
+
+
+def test_what_decays() -> None:
+    model = build_model("vit", {"width": 16, "depth": 1, "heads": 2, "patch": 4}, pixels=8, classes=3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decay, keep = decay_groups(model, 0.3)
+    assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
+    assert {names[id(p)] for p in decay["params"]} == {
+        "patch_embed.proj.weight", "head.weight", *(f"blocks.0.{m}.weight" for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+    }  # fmt: skip
+    assert len(decay["params"]) + len(keep["params"]) == len(names)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_optimizers(name: str) -> None:
+    config = Optimizer(name=name, lr=0.1, betas=(0.8, 0.95), eps=1e-5, momentum=0.7, weight_decay=0.2)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    assert type(optimizer).__name__.lower() == name
+    first = optimizer.param_groups[0]
+    assert (first["lr"], first["weight_decay"]) == (0.1, 0.2) and optimizer.param_groups[1]["weight_decay"] == 0
+    assert first["momentum"] == 0.7 if name == "sgd" else (first["betas"], first["eps"]) == ((0.8, 0.95), 1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+def test_batch_weights(make_dataset: Callable[..., Any], tmp_path: Path, world_size: int) -> None:
+    """What `train` multiplies a loss by, and what DeepSpeed divides it by, leave 1 / n of each real micro-batch."""
+    make_dataset(Storage(str(tmp_path)), {"train": 20})
+    shares: dict[int, float] = {}
+    for rank in range(world_size):
+        stream = open_stream(str(tmp_path), global_batch=20, micro_batch=4, rank=rank, world_size=world_size, size=8)
+        for batch in islice(iter(stream), stream.rounds):
+            factor = batch.weight * stream.rounds * stream.world_size / stream.pieces
+            shares[batch.index] = shares.get(batch.index, 0) + factor / stream.rounds / world_size
+    assert [shares[n] for n in range(5)] == pytest.approx([0.2] * 5) and not any(shares[n] for n in shares if n >= 5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"pretrain.precision: 'fp16' needs a GPU \(allowed on a CPU: bf16, fp32\)"):
+        check_precision("fp16")
+    check_precision("bf16")
+    check_precision("fp32")
+
+
+def test_world() -> None:
+    world = World()
+    assert world.is_main and world.sum([1.5, 2]) == [1.5, 2.0] and world.broadcast("x") == "x" and world.gather(3) == [3]
+    world.barrier()
+    assert not World(1, 2).is_main
+
+
+def test_world_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.from_environment() == World(0, 1, 0)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert World.from_environment() == World(5, 8, 1)
+
+
+def test_clock_leaves_pauses_out() -> None:
+    import time
+
+    clock = Clock()
+    clock.count(100)
+    with clock.waiting():
+        time.sleep(0.1)
+    with clock.paused():
+        time.sleep(0.3)
+    row = clock.read(1e9)
+    assert 100 / 0.25 < row["train/images_per_s"] <= 100 / 0.1
+    assert row["train/tflops_per_s"] == pytest.approx(row["train/images_per_s"] * 1e9 / 1e12)
+    assert 0.4 < row["train/data_wait_fraction"] <= 1
+    assert clock.read(1e9)["train/images_per_s"] == 0
+
+
+def test_errors_of_training_cross_processes() -> None:
+    for error in (Diverged("pretrain: the loss is nan"), CheckpointError("x")):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301
+    assert math.isnan(json.loads(json.dumps({"grad": math.nan}))["grad"])

@@ -1,0 +1,256 @@
+"""Real DeepSpeed on gloo: what the world size, the ZeRO stage, a restart and a precision may change, and what not."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.checkpoint import Checkpoints, find_model, read_history
+from pipeline.core.storage import Storage
+
+pytestmark = pytest.mark.timeout(240)
+STEPS = 6
+SEED = 20_260_101  # people use dates
+SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction")
+
+
+class Workshop:
+    """A dataset, a config, and a way to train it in processes of their own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        config = {
+            "name": "run", "seed": SEED, "storage": str(root / "runs"), "cluster": "local", "data": str(root / "data"),
+            "pretrain": {
+                "model": {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4, "pool": "gap", "dropout": 0.1},
+                "objective": {"name": "classify", "smoothing": 0.1},
+                "image": {"pixels": 8},
+                "batch": 20, "micro_batch": 4,  # five pieces: with two or three ranks there are fillers
+                "duration": f"{STEPS} steps", "log": "1 step", "validate": {"every": "3 steps"}, "save": {"every": "3 steps", "keep": 5},
+                "optimizer": {"lr": 5e-3, "weight_decay": 0.1, "clip": 1.0}, "schedule": {"name": "cosine", "warmup": "2 steps"},
+                "precision": "fp32",
+            },
+        }  # fmt: skip
+        (root / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def job(self, name: str, *overrides: str) -> dict[str, Any]:
+        return {"config": str(self.root / "config.yaml"), "overrides": [f"name={name}", *overrides]}
+
+    def train(self, world_size: int, jobs: list[dict[str, Any]]) -> list[list[str] | None]:
+        """The error of each job, or None."""
+        (self.root / "jobs.json").write_text(json.dumps(jobs))
+        self.start(world_size, [str(Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")])
+        return [r["error"] for r in json.loads((self.root / "results.json").read_text())]
+
+    def start(self, world_size: int, arguments: list[str]) -> str:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--master-port", str(port), "--nproc-per-node", str(world_size)]
+        known = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env = {
+            **known, "PYTHONPATH": str(Path(__file__).parents[3]), "TORCH_EXTENSIONS_DIR": str(self.root / "extensions"),
+            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        done = subprocess.run(
+            [*torchrun, *arguments] if world_size > 1 else [sys.executable, *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+        return done.stderr
+
+    def directory(self, name: str) -> Storage:
+        return Storage(str(self.root / "runs" / name))
+
+    def rows(self, name: str) -> list[dict[str, float]]:
+        """The history without what differs from run to run by nature."""
+        return [{k: v for k, v in row.items() if k not in SPEED} for row in read_history(self.directory(name))]
+
+
+def close(one: list[dict[str, float]], two: list[dict[str, float]], tolerance: float) -> bool:
+    return [set(r) for r in one] == [set(r) for r in two] and all(
+        abs(a[k] - b[k]) <= tolerance for a, b in zip(one, two, strict=True) for k in a
+    )
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., Any]) -> Workshop:
+    root = tmp_path_factory.mktemp("train")
+    make_dataset(Storage(str(root / "data")), {"train": 50, "test": 11})
+    return Workshop(root)
+
+
+@pytest.fixture(scope="module")
+def alone(shop: Workshop) -> list[list[str] | None]:
+    """One process: the reference in fp32, bf16 for longer, and fp16."""
+    return shop.train(
+        1,
+        [
+            shop.job("alone"),
+            shop.job(
+                "bf16",
+                "pretrain.precision=bf16",
+                "pretrain.duration=60 steps",
+                "pretrain.save.every=60 steps",
+                "pretrain.image={pixels: 8, crop: none}",
+                "pretrain.objective.smoothing=0",
+            ),
+            shop.job("fp16", "pretrain.precision=fp16"),
+            shop.job("diverged", "pretrain.optimizer={name: sgd, lr: 1e+30}"),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(shop: Workshop) -> list[list[str] | None]:
+    """Two processes, every ZeRO stage."""
+    return shop.train(
+        2, [shop.job(f"stage{n}", f"pretrain.zero.stage={n}") for n in range(4)] + [shop.job("pair16", "pretrain.precision=bf16")]
+    )
+
+
+@pytest.fixture(scope="module")
+def three(shop: Workshop) -> str:
+    """Three processes, by the command that people would use."""
+    tracking = f"tracking.uri=sqlite:///{shop.root}/mlflow.db"
+    return shop.start(3, ["-m", "pipeline.train.worker", str(shop.root / "config.yaml"), "name=three", "pretrain.zero.stage=1", tracking])
+
+
+def test_a_run_from_beginning_to_end(shop: Workshop, alone: list[list[str] | None]) -> None:
+    assert alone[0] is None
+    rows = shop.rows("alone")
+    train, held_out = [r for r in rows if "train/loss" in r], [r for r in rows if "validate/loss" in r]
+    assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in held_out] == [3, 6]
+    assert train[0]["train/loss"] == pytest.approx(math.log(3), abs=1e-6)  # the head is zero
+    assert [r["train/lr"] for r in train][:3] == pytest.approx([2.5e-3, 5e-3, 5e-3])
+    assert [(r["samples"], r["epoch"]) for r in train][-1] == (120, 2.4)
+    assert all(0 < r["train/grad_norm"] < 100 for r in train)
+    assert all(set(SPEED) <= set(r) for r in read_history(shop.directory("alone")) if "train/loss" in r)
+    checkpoints = Checkpoints(shop.directory("alone"))
+    assert checkpoints.steps() == [3, 6] and checkpoints.read(6).samples == 120
+    card, weights = find_model(shop.directory("alone"))
+    assert (card.step, card.classes) == (6, ["0", "1", "2"]) and all(w.isfinite().all() for w in weights.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_at_every_stage_train_the_same(shop: Workshop, alone: object, pair: list[list[str] | None], stage: int) -> None:
+    assert pair[stage] is None
+    assert close(shop.rows(f"stage{stage}"), shop.rows("alone"), 1e-5)
+    one, two = find_model(shop.directory("alone"))[1], find_model(shop.directory(f"stage{stage}"))[1]
+    assert set(one) == set(two)
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
+    assert Checkpoints(shop.directory(f"stage{stage}")).read(6).zero_stage == stage
+
+
+def test_three_ranks_train_the_same(shop: Workshop, alone: object, three: str) -> None:
+    assert close(shop.rows("three"), shop.rows("alone"), 1e-5)
+    assert Checkpoints(shop.directory("three")).read(6).world_size == 3
+
+
+def test_three_ranks_are_one_run_in_mlflow(shop: Workshop, three: str) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{shop.root}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tessera").experiment_id], "tags.`mlflow.runName` = 'three/pretrain'")
+    assert len(runs) == 1 and runs[0].info.status == "FINISHED" and runs[0].data.params["pretrain.batch"] == "20"
+    sent = [(m.step, m.value) for m in client.get_metric_history(runs[0].info.run_id, "train/loss")]
+    assert sent == [(r["step"], r["train/loss"]) for r in shop.rows("three") if "train/loss" in r]
+
+
+def test_bf16_learns(shop: Workshop, alone: list[list[str] | None]) -> None:
+    assert alone[1] is None
+    losses = [r["train/loss"] for r in shop.rows("bf16") if "train/loss" in r]
+    assert len(losses) == 60 and sum(losses[-10:]) / 10 < 0.7 * losses[0]
+    assert all(w.dtype.is_floating_point and w.dtype.itemsize == 4 for w in find_model(shop.directory("bf16"))[1].values())
+
+
+def test_bf16_is_close_to_fp32(shop: Workshop, alone: object, pair: list[list[str] | None]) -> None:
+    assert pair[4] is None
+    one, two = ([r["train/loss"] for r in shop.rows(name) if "train/loss" in r] for name in ("alone", "pair16"))
+    assert one == pytest.approx(two, abs=0.02)
+
+
+def test_fp16_is_refused_on_a_cpu(alone: list[list[str] | None]) -> None:
+    assert alone[2] == ["ConfigError", "pretrain.precision: 'fp16' needs a GPU (allowed on a CPU: bf16, fp32)"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(shop: Workshop, alone: list[list[str] | None]) -> None:
+    assert alone[3] is not None and alone[3][0] == "Diverged" and "try a lower pretrain.optimizer.lr" in alone[3][1]
+    assert all(math.isfinite(r["train/loss"]) for r in shop.rows("diverged") if "train/loss" in r)
+
+
+@pytest.fixture(scope="module")
+def resumed(shop: Workshop, alone: object, pair: object) -> list[list[str] | None]:
+    """Two new processes go on from step 3 of each stage; and two attempts that cannot."""
+    jobs = []
+    for old, new, override in [
+        *((f"stage{n}", f"again{n}", f"pretrain.zero.stage={n}") for n in range(4)),
+        ("pair16", "again16", "pretrain.precision=bf16"),
+    ]:
+        shutil.copytree(shop.root / "runs" / old, shop.root / "runs" / new)
+        record = shop.root / "runs" / new / "run.yaml"
+        record.write_text(record.read_text().replace(f"name: {old}", f"name: {new}"))
+        shutil.rmtree(shop.root / "runs" / new / "checkpoints" / "step-6")
+        jobs.append(shop.job(new, override))
+    _flip(next((shop.root / "runs" / "stage1" / "checkpoints" / "step-6").rglob("*optim_states.pt")))
+    start = f"pretrain.start={{from: {shop.root}/runs/"
+    return shop.train(
+        2,
+        [
+            *jobs,
+            shop.job("stage1", "pretrain.zero.stage=1"),  # its newest checkpoint is damaged now
+            shop.job("alone"),  # of one rank
+            shop.job("other-stage", "pretrain.zero.stage=2", f"{start}stage0, load: all}}"),
+        ],
+    )
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("number", "old", "new"), [*((n, f"stage{n}", f"again{n}") for n in range(4)), (4, "pair16", "again16")])
+def test_a_resumed_run_is_the_unbroken_one(shop: Workshop, resumed: list[list[str] | None], number: int, old: str, new: str) -> None:
+    """Exactly: every row, and every weight."""
+    assert resumed[number] is None
+    assert shop.rows(new) == shop.rows(old)
+    one, two = find_model(shop.directory(old))[1], find_model(shop.directory(new))[1]
+    assert all((one[k] == two[k]).all() for k in one)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_alone(shop: Workshop, resumed: list[list[str] | None]) -> None:
+    assert resumed[5] is None
+    assert shop.rows("stage1") == shop.rows("again1") and Checkpoints(shop.directory("stage1")).steps() == [3, 6]
+    assert [n for n in shop.directory("stage1").names("checkpoints/step-6") if n.startswith("SET-ASIDE-")]
+
+
+def test_another_world_size_is_refused(resumed: list[list[str] | None]) -> None:
+    assert resumed[6] is not None and resumed[6][0] == "CheckpointError"
+    assert "was saved by 1 workers and can only be resumed by as many, not 2; set cluster.workers" in resumed[6][1]
+
+
+def test_another_stage_is_refused(resumed: list[list[str] | None]) -> None:
+    assert resumed[7] is not None and resumed[7][0] == "CheckpointError"
+    assert resumed[7][1].startswith("pretrain.start.from: checkpoint ")
+    assert "was saved at pretrain.zero.stage 0 and can only be resumed there, not at 2" in resumed[7][1]
+
+
+def test_nothing_was_compiled(shop: Workshop, alone: object, pair: object, three: object, resumed: object) -> None:
+    extensions = shop.root / "extensions"
+    assert not extensions.exists() or not [p for p in extensions.rglob("*") if p.is_file()]
