@@ -121,7 +121,7 @@ class Recorder:
         if not self.world.is_main:
             return
         if self.tracker:
-            self.tracker.metrics({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+            self.tracker.metrics({k if "/" in k else f"train/{k}": v for k, v in row.items() if k != "step"}, step=int(row["step"]))
         if "train/loss" in row:
             self.progress.text = f"loss {row['train/loss']:.3f}, {format_count(row['train/images_per_s'])} images/s"
 
