@@ -14,10 +14,10 @@ from pathlib import Path
 import click
 import yaml
 
-from pipeline.__main__ import fail, run_here
+from pipeline.__main__ import exit_codes, run_here
 from pipeline.config import Config, load_config
 from pipeline.config.load import parse_config
-from pipeline.core.errors import ConfigError, ExitCode, TesseraError
+from pipeline.core.errors import ConfigError, ExitCode
 
 
 @click.command()
@@ -49,13 +49,12 @@ def main(
         raise click.UsageError("Missing argument 'CONFIG'.")
     if local and address:
         raise click.UsageError("--local and --address exclude each other.")
-    try:
-        code = _run(_load(config, list(overrides), local, address), address, detach=detach, fresh=fresh, plan=plan, as_json=as_json)
-    except TesseraError as e:
-        fail(e)
-    except KeyboardInterrupt:
-        click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
-        sys.exit(int(ExitCode.STOPPED))
+    with exit_codes():
+        try:
+            code = _run(_load(config, list(overrides), local, address), address, detach=detach, fresh=fresh, plan=plan, as_json=as_json)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+            code = ExitCode.STOPPED
     sys.exit(int(code))
 
 

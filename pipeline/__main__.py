@@ -9,6 +9,9 @@ import logging
 import os
 import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -57,11 +60,18 @@ def run_here(config: Config, *, command: str, fresh: bool = False, local: bool) 
     click.echo(f"ran in {time.monotonic() - began:.0f} s")
 
 
-def fail(error: TesseraError) -> None:
-    """Say what is wrong in one sentence, and end with its exit code."""
-    click.echo(f"error: {error}", err=True)
-    sys.stdout.flush()
-    sys.exit(int(error.exit_code))
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process as the commands promise: what a person can mend in one sentence and with the exit code of its
+    kind; anything else is a defect of ours, with its traceback."""
+    try:
+        yield
+    except TesseraError as e:
+        click.echo(f"error: {e}", err=True)
+        sys.exit(int(e.exit_code))
+    except Exception:  # noqa: BLE001  the last stop
+        traceback.print_exc()
+        sys.exit(int(ExitCode.FAILED))
 
 
 @click.command()
@@ -71,16 +81,9 @@ def fail(error: TesseraError) -> None:
 @click.option("--command", "said", default="", help="What the person typed, for the report.")
 def main(config: str, overrides: tuple[str, ...], fresh: bool, said: str) -> None:
     """Run the stages of CONFIG."""
-    try:
-        run_here(
-            load_config(config, list(overrides)),
-            command=said or f"python -m pipeline {config}",
-            fresh=fresh,
-            local="RAY_ADDRESS" not in os.environ,
-        )
-    except TesseraError as e:
-        fail(e)
-    sys.exit(int(ExitCode.DONE))
+    with exit_codes():
+        command = said or f"python -m pipeline {config}"
+        run_here(load_config(config, list(overrides)), command=command, fresh=fresh, local="RAY_ADDRESS" not in os.environ)
 
 
 if __name__ == "__main__":
