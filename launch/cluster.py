@@ -39,12 +39,13 @@ class RayCluster:
     def __init__(self, address: str) -> None:
         self.address = address if "://" in address else f"http://{address}"
         self._knock()
+        import aiohttp
         import requests
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and closed connections are no news
-        self._errors: tuple[type[Exception], ...] = (requests.RequestException, ConnectionError, RuntimeError)
+        self._errors: tuple[type[Exception], ...] = (requests.RequestException, aiohttp.ClientError, OSError, TimeoutError, RuntimeError)
         try:
             self.client = JobSubmissionClient(self.address)
         except AuthenticationError as e:
@@ -75,17 +76,18 @@ class RayCluster:
     def submit(self, config: Config, command: str, fresh: bool) -> str:
         """Start the job of this run, or find it where it is running already; gives its submission id."""
         base = submission_id(config)
-        jobs = {j.submission_id: j for j in self.client.list_jobs() if j.submission_id and j.submission_id.startswith(base)}
+        jobs = {j.submission_id: j for j in self.client.list_jobs() if j.submission_id and j.submission_id.startswith(f"{base}-")}
         for name, job in jobs.items():
             if job.status.value not in _ENDED:
                 click.echo(f"this run is on the cluster already, as job {name}", err=True)
                 return name
+        attempt = 1 + max((int(name.rpartition("-")[2]) for name in jobs), default=0)
         with tempfile.TemporaryDirectory(prefix="tessera-job-") as folder:
             package(config, Path(folder))
             words = [config.cluster.python, "-m", "pipeline", "config.yaml", "--command", command, *(["--fresh"] if fresh else [])]
             return self.client.submit_job(
                 entrypoint=shlex.join(words),
-                submission_id=f"{base}-{len(jobs) + 1}",
+                submission_id=f"{base}-{attempt}",
                 runtime_env={"working_dir": folder, "env_vars": _job_environment(config)},
                 metadata={"run": run_directory(config).url},
             )

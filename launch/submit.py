@@ -10,14 +10,16 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
 
 from pipeline.__main__ import exit_codes, run_here
 from pipeline.config import Config, load_config
-from pipeline.config.load import parse_config
+from pipeline.config.load import apply_override, parse_config
 from pipeline.core.errors import ConfigError, ExitCode
+from pipeline.core.storage import Storage
 
 
 @click.command()
@@ -64,18 +66,35 @@ def _load(config: str, overrides: list[str], local: bool, address: str | None) -
     elif address:
         overrides += ["cluster.name=ray", f"cluster.address={json.dumps(address)}"]
     if "://" in config or Path(config).is_dir():
-        from pipeline.checkpoint.run import find_run
-
-        return parse_config(find_run(config), overrides)
+        return _load_run(config, overrides)
     return load_config(config, overrides)
+
+
+def _load_run(url: str, overrides: list[str]) -> Config:
+    """The config of the run at `url`; it goes on there, wherever it was made."""
+    from pipeline.checkpoint.run import find_run
+
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    storage = given.get("storage")
+    directory = Storage(url, storage.get("endpoint") if isinstance(storage, dict) else None)
+    values = find_run(url, directory.endpoint)
+    parent, _, last = directory.url.rpartition("/")
+    config = parse_config(values, [*overrides, f"storage.url={json.dumps(parent or '/')}"])
+    if config.name != last:
+        raise ConfigError(f"run {url}: the run here is named {config.name!r}, and its directory must be; give the directory that name back")
+    return config
 
 
 def _run(config: Config, address: str | None, *, detach: bool, fresh: bool, plan: bool, as_json: bool) -> int:
     if plan:
+        from pipeline.checkpoint.run import check_claim
         from pipeline.plan.describe import as_text, describe
         from pipeline.stages import check_config, check_resources, plan_config
 
         check_config(config)
+        check_claim(config, fresh)
         check_resources(config, write=False)
         facts = describe(config, *plan_config(config))
         click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -24,7 +25,7 @@ from pipeline.core.tracking import redact
 def connect_ray(local: bool) -> None:
     """Join the cluster that RAY_ADDRESS names, or start Ray here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU leaves CUDA_VISIBLE_DEVICES alone
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asks for no GPU sees none
     import ray
 
     # What workers have to say comes through the relay of the stage; their raw output stays in Ray's log files.
@@ -56,7 +57,7 @@ def run_here(config: Config, *, command: str, fresh: bool = False, local: bool) 
     click.echo(f"page   {outcome.page}")
     uri = outcome.run.tracking_uri
     mlflow = os.path.relpath(Path(sys.executable).parent / "mlflow")
-    click.echo(f"MLflow {f'{mlflow} ui --backend-store-uri {uri}' if uri.startswith('sqlite') else redact(uri)}")
+    click.echo(f"MLflow {f'{mlflow} ui --backend-store-uri {shlex.quote(uri)}' if uri.startswith('sqlite') else redact(uri)}")
     click.echo(f"ran in {time.monotonic() - began:.0f} s")
 
 

@@ -19,19 +19,19 @@ from pipeline.checkpoint import Checkpoints, Run, claim_run
 from pipeline.checkpoint.model import check_start
 from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
-from pipeline.core.errors import TesseraError, choose
+from pipeline.core.errors import ConfigError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
 from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.results import Result
-from pipeline.evaluate.tasks import check_evaluate
+from pipeline.evaluate.tasks import check_evaluate, find_tasks
 from pipeline.models import check_model
 from pipeline.objectives import check_objective
 from pipeline.plan import Plan, make_plan
 from pipeline.report.page import write_report
 from pipeline.shards.job import find_made, make_dataset
-from pipeline.shards.manifest import Manifest, find_manifest
+from pipeline.shards.manifest import Manifest
 from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import open_dataset
 from pipeline.stream.loader import check_pixels
@@ -55,7 +55,9 @@ class Outcome:
 def check_config(config: Config) -> None:
     """Raises ConfigError for what is wrong with a config in itself; touches nothing outside it."""
     tracking_uri(config)
-    p = config.pretrain
+    c, p = config.cluster, config.pretrain
+    if c.min_gpus is not None and (c.gpus is None or c.min_gpus > c.gpus):
+        raise ConfigError(f"cluster.min_gpus: {c.min_gpus} is the least of cluster.gpus, which is {c.gpus or 'not given'}")
     if p:
         check_model(p.model.name, p.model.arguments, p.image.pixels)
         check_objective(p.objective.name, p.objective.arguments)
@@ -80,7 +82,7 @@ def check_resources(config: Config, write: bool = True) -> None:
         check_source(config.shard)
     if p and config.data:
         check_pixels(open_dataset(config.data, p.split, config.storage.endpoint), p.image)
-    if p and p.start:
+    if p and p.start and not Checkpoints(run_directory(config)).steps():  # with checkpoints of its own a run needs no other
         check_start(p, config.storage.endpoint)
     if write:
         Storage(config.storage.url, config.storage.endpoint).check_writable()
@@ -90,20 +92,23 @@ def plan_config(config: Config) -> tuple[Plan | None, bool, int]:
     """The plan of pre-training; whether its number of samples is an estimate, since the dataset may not be made yet, and
     some images may then be dropped; and the number of workers it is for. Starts and writes nothing."""
     p = config.pretrain
-    workers = config.cluster.workers or config.cluster.gpus or torch.cuda.device_count() or 2
+    gpus = torch.cuda.device_count() if config.cluster.gpus is None else config.cluster.gpus
+    workers = config.cluster.workers or gpus or 2
     if p is None:
         return None, False, workers
-    url = config.data or f"{run_directory(config).url}/shards"
-    manifest = (
-        find_manifest(Storage(url, config.storage.endpoint))
-        if config.shard
-        else open_dataset(url, p.split, config.storage.endpoint).manifest
-    )
+    manifest: Manifest | None
+    if config.shard:
+        manifest = find_made(config.shard, run_directory(config) / "shards")
+    else:
+        assert config.data is not None, "a config without a shard section has data"
+        manifest = open_dataset(config.data, p.split, config.storage.endpoint).manifest
     if manifest:
-        return make_plan(config, manifest.splits[p.split], len(manifest.classes), workers), False, workers
-    assert config.shard is not None, "a config without data has a shard section"
-    listing = open_source(config.shard.source).scan()
-    return make_plan(config, max(1, round(len(listing.items) * config.shard.splits[p.split])), len(listing.classes), workers), True, workers
+        samples, classes = manifest.splits[p.split], len(manifest.classes)
+    else:
+        assert config.shard is not None, "a dataset that is not there would have been refused"
+        listing = open_source(config.shard.source).scan()
+        samples, classes = max(1, round(len(listing.items) * config.shard.splits[p.split])), len(listing.classes)
+    return make_plan(config, samples, classes, workers), manifest is None, workers
 
 
 def run_stages(config: Config, *, command: str, fresh: bool = False) -> Outcome:
@@ -142,6 +147,8 @@ class _Stages:
             manifest = open_dataset(self.run.dataset_url, self.config.pretrain.split, self.config.storage.endpoint).manifest
             self.tracker.tags({"dataset.hash": manifest.hash})
             self.tracker.params({"dataset.hash": manifest.hash})
+            if self.config.evaluate:
+                find_tasks(self.config, self.run.dataset_url)  # what is wrong with a task is said before the training
             self._pretrain(manifest)
         if self.config.evaluate:
             results = self._evaluate()
@@ -161,10 +168,11 @@ class _Stages:
         p = self.config.pretrain
         assert p is not None, "called for a config that pre-trains"
         plan = make_plan(self.config, manifest.splits[p.split], len(manifest.classes), count_workers(self.config.cluster))
-        steps = Checkpoints(self.run.directory).steps()
-        if steps and steps[-1] == plan.steps:
+        last = Checkpoints(self.run.directory).newest_sound()
+        if last is not None and last.step == plan.steps:
             say(f"pretrain     finished already, at step {plan.steps:,}")
-            return
+            with self._stage("pretrain"):
+                return  # what an earlier submission could not send to MLflow is sent now
         began = time.perf_counter()
         parts = pretrain(self.run)
         whole = time.perf_counter() - began

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,18 @@ class Checkpoints:
                 raise CheckpointError(f"{where}: is missing") from None
             if local.stat().st_size != receipt.bytes or _sha256(local) != receipt.sha256:
                 raise CheckpointError(f"{where}: is damaged, its bytes differ from its receipt")
+
+    def newest_sound(self) -> Commit | None:
+        """The newest checkpoint, all of whose bytes are those of its receipts; damaged ones are set aside on the way."""
+        for step in reversed(self.steps()):
+            commit = self.read(step)
+            with tempfile.TemporaryDirectory(prefix="tessera-verify-") as local:
+                try:
+                    self.fetch(commit, Path(local))
+                    return commit
+                except CheckpointError as e:
+                    self.set_aside(commit, str(e))
+        return None
 
     def set_aside(self, commit: Commit, reason: str) -> None:
         """Take a damaged checkpoint out of the way: its commit is renamed, so that resumes pass over it; nothing is lost."""

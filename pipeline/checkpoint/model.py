@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.checkpoint.commit import Checkpoints
 from pipeline.config.schema import Pretrain
 from pipeline.core.errors import CheckpointError, NoSuchRun
+from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.vit import VisionTransformer, resize_positions
@@ -58,12 +59,19 @@ def find_card(run: Storage, step: int | None = None) -> ModelCard:
 
 
 def _fetch_card(run: Storage, step: int | None, into: Path, others: set[str]) -> ModelCard:
-    """Fetch the card, and `others` of the checkpoint's files, below `into`."""
+    """Fetch the card, and `others` of the checkpoint's files, below `into`; a damaged one is passed over where no step is asked for."""
     checkpoints = Checkpoints(run)
-    steps = checkpoints.steps()
+    steps = checkpoints.steps() if step is None else [step]
     if not steps:
         raise NoSuchRun(f"run {run.url}: there is no committed checkpoint here")
-    checkpoints.fetch(checkpoints.read(step if step is not None else steps[-1]), into, {CARD, *others})
+    while steps:
+        try:
+            checkpoints.fetch(checkpoints.read(steps.pop()), into, {CARD, *others})
+            break
+        except CheckpointError as e:
+            if not steps:
+                raise
+            say(f"warning: {e}; the checkpoint before it is used")
     values = json.loads((into / CARD).read_text())
     return ModelCard(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 

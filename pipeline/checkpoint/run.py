@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config, fingerprint
-from pipeline.config.load import parse_yaml
+from pipeline.config.load import parse_config, parse_yaml
 from pipeline.core.errors import ConfigError, NoSuchRun
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -29,6 +29,9 @@ _FREE = (
     "pretrain.loaders",
     "shard.workers",
 )
+
+# What Tessera itself puts into a run directory; shards may be there before the run is, and stay after --fresh.
+_PARTS = ("checkpoints", "evaluation", "report", "run.yaml", "shards", "spool", "timings.json")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def claim_run(config: Config, fresh: bool = False) -> Run:
     """Make the run directory of `config`, or go on with the one that is there.
 
     Raises:
-        ConfigError: the run there was made by somebody else, or by a config that differs in what it computes.
+        ConfigError: the run there was made by somebody else, or by a config that differs in what it computes; or what is
+            there is no run.
     """
     directory = run_directory(config)
     there = check_claim(config, fresh)
@@ -110,18 +114,36 @@ def check_claim(config: Config, fresh: bool = False) -> dict[str, Any] | None:
     try:
         there = _read(directory)
     except FileNotFoundError:
+        strange = [name for name in directory.names() if name not in _PARTS and not name.startswith(".")]
+        if strange:
+            raise ConfigError(
+                f"name: {directory.url} holds {strange[0]!r} and no run.yaml, so it is not a run; choose another name"
+            ) from None
         return None
     if there["owner"] != _owner():
         raise ConfigError(
             f"name: {config.name!r} is a run of {there['owner']} in {directory.url}, and you are {_owner()}; choose another name"
         )
-    differing = _differences(there["config"], config.model_dump(mode="json", by_alias=True))
-    if differing and not fresh:
+    if fresh:
+        return there
+    differing = _differences(_as_of_today(there["config"], directory), config.model_dump(mode="json", by_alias=True))
+    if differing:
         raise ConfigError(
             f"name: the run in {directory.url} was made by a config that differs in {', '.join(differing)}; "
             "choose another name, give back those values, or start anew with --fresh"
         )
     return there
+
+
+def _as_of_today(old: dict[str, Any], directory: Storage) -> dict[str, Any]:
+    """A recorded config as this version would record it: keys that are new since then have their defaults."""
+    try:
+        return parse_config(old).model_dump(mode="json", by_alias=True)
+    except ConfigError as e:
+        raise ConfigError(
+            f"name: the run in {directory.url} was made by a config that this version refuses ({e}); "
+            "choose another name, or start anew with --fresh"
+        ) from e
 
 
 def find_run(url: str, endpoint: str | None = None) -> dict[str, Any]:

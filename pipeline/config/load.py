@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -39,34 +40,56 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: naming the config path at fault, what was given and what is allowed.
     """
-    return parse_config(_read(Path(path), seen=()), overrides)
+    return parse_config(_read(Path(path), "", seen=()), overrides)
 
 
 def parse_config(values: dict[str, Any], overrides: list[str] | None = None) -> Config:
     """Check plain values, with `section.key=value` overrides applied; raises as `load_config`."""
     values = deepcopy(values)
     for override in overrides or []:
-        _override(values, override)
+        apply_override(values, override)
+    _refuse_passwords(values)
+    _make_paths_absolute(values)
     try:
-        return Config.model_validate(_with_absolute_paths(values))
+        return Config.model_validate(values)
     except ValidationError as e:
         raise ConfigError("; ".join(dict.fromkeys(_explain(error) for error in e.errors()))) from None
 
 
 # Where a config may name a local path; relative ones resolve against the working directory.
-_PATHS = ("storage", "storage.url", "data", "shard.source.url", "pretrain.start", "pretrain.start.from")
+_PATHS = ("storage", "storage.url", "data", "shard.source.url", "pretrain.start", "pretrain.start.from", "evaluate.suites.data")
+_URLS = (*_PATHS, "storage.endpoint", "tracking.uri", "cluster.address")
+
+# What a plain word stands for, where it is not the name.
+_PLAIN_KEYS = {"storage": "url", "pretrain.start": "from"}
 
 
-def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+def _make_paths_absolute(values: dict[str, Any]) -> None:
     for dotted in _PATHS:
-        *parents, last = dotted.split(".")
-        node: Any = values
-        for key in parents:
-            node = node.get(key) if isinstance(node, dict) else None
-        path = node.get(last) if isinstance(node, dict) else None
-        if isinstance(path, str) and path and "://" not in path:
-            node[last] = os.path.abspath(path)
-    return values
+        for section, key in _texts(values, dotted):
+            path = section[key]
+            if path and "://" not in path and (dotted, path) != ("evaluate.suites.data", "own"):
+                section[key] = os.path.abspath(os.path.expanduser(path))
+
+
+def _refuse_passwords(values: dict[str, Any]) -> None:
+    """Configs are kept with the run, tracked and shown."""
+    for dotted in _URLS:
+        if any(re.search(r"://[^/]*:[^/]*@", section[key]) for section, key in _texts(values, dotted)):
+            raise ConfigError(
+                f"{dotted}: holds a password; give it in the environment (for MLflow MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+            )
+
+
+def _texts(values: Any, dotted: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each section that holds a text at the end of `dotted`, and the key; a list on the way stands for all its items."""
+    key, _, rest = dotted.partition(".")
+    for node in values if isinstance(values, list) else [values]:
+        below = node.get(key) if isinstance(node, dict) else None
+        if rest:
+            yield from _texts(below, rest)
+        elif isinstance(below, str):
+            yield node, key
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
@@ -78,12 +101,13 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         raise ConfigError(f"{where}{line}: this is not YAML ({getattr(e, 'problem', None) or e})") from e
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
+def _read(path: Path, where: str, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of one file, which stand at the config path `where`."""
+    path = path.expanduser().resolve()
     if path in seen:
         raise ConfigError(f"{path}: extends itself, by way of {' and '.join(p.name for p in seen)}")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         folder = path.parent
         others = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
@@ -93,42 +117,51 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, this is {_kind(values)}")
-    return _extend(values, path, seen)
+    return _extend(values, path, where, seen)
 
 
-def _extend(values: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _extend(values: dict[str, Any], path: Path, where: str, seen: tuple[Path, ...]) -> dict[str, Any]:
     """Lay `values` over what their `extends` names, here and in every section below."""
-    values = {k: _extend(v, path, seen) if isinstance(v, dict) else v for k, v in values.items()}
+    values = {k: _extend(v, path, _join(where, k), seen) if isinstance(v, dict) else v for k, v in values.items()}
     base = values.pop("extends", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends names one file, this is {_kind(base)}")
-    return _merge(_read(path.parent / base, (*seen, path)), values)
+    return _merge(_read(path.parent / os.path.expanduser(base), where, (*seen, path)), values, where)
 
 
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(under: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, str):
-            old = {"name": old}  # a plain word stands for a section with only a name
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(value, dict):
+            old = _spell_out(merged.get(key), _join(where, key))
+            value = _merge(old, value, _join(where, key)) if isinstance(old, dict) else value
+        merged[key] = value
     return merged
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def _spell_out(value: Any, where: str) -> Any:
+    """The section that a plain word at the config path `where` stands for; anything else as it is."""
+    return {_PLAIN_KEYS.get(where, "name"): value} if isinstance(value, str) else value
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def apply_override(values: dict[str, Any], text: str) -> None:
+    """Set one `section.key=value` in plain values; raises as `load_config`."""
     dotted, equals, value = text.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"override {text!r}: write section.key=value")
     node = values
     *parents, last = dotted.split(".")
     for depth, key in enumerate(parents):
-        child = node.get(key)
-        if isinstance(child, str):
-            child = {"name": child}
-        elif child is not None and not isinstance(child, dict):
-            raise ConfigError(f"override {text!r}: {'.'.join(parents[: depth + 1])} is {_kind(child)}, not a section")
+        where = ".".join(parents[: depth + 1])
+        child = _spell_out(node.get(key), where)
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError(f"override {text!r}: {where} is {_kind(child)}, not a section")
         node[key] = node = child or {}
     node[last] = parse_yaml(value, f"override {text!r}")
 

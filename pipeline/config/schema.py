@@ -9,7 +9,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from pipeline.core import units
 
@@ -42,6 +54,8 @@ Bytes = Annotated[
     ),
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Flag = Annotated[bool, Field(strict=True)]  # 'yes' and 1 are no booleans
@@ -57,8 +71,23 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_plain_word(cls, value: Any) -> Any:
-        default = cls.__private_attributes__["_plain_key"].default
-        return {default: value} if isinstance(value, str) and default in cls.model_fields else value
+        key = cls._key_of_plain_word()
+        return {key: value} if isinstance(value, str) and key else value
+
+    @classmethod
+    def _key_of_plain_word(cls) -> str | None:
+        """The key that a plain word gives, in sections that need no other."""
+        key = str(cls.__private_attributes__["_plain_key"].default)
+        needed = {f.alias or name: f.is_required() for name, f in cls.model_fields.items()}
+        return key if key in needed and not any(needed[k] for k in needed if k != key) else None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """As people write it: with `extends`, which may give what is required elsewhere, or as a plain word."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        schema["properties"]["extends"] = {"type": "string", "description": "a file that this section varies"}
+        schema.pop("required", None)
+        return {"anyOf": [schema, {"type": "string"}]} if cls._key_of_plain_word() else schema
 
 
 class StorageSection(Section):
@@ -115,7 +144,7 @@ class ShardImages(Section):
 
 class Shard(Section):
     source: Source
-    splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = {"train": 1.0}
+    splits: dict[str, Part] = {"train": 1.0}
     workers: Count | None = Field(None, description="parallel tasks; never changes the result; default: one a core")
     images: ShardImages = ShardImages()
     size: Bytes = 256 * 2**20
@@ -155,12 +184,19 @@ class Image(Section):
 
     pixels: Count = 224
     crop: Literal["random-resized", "random-square", "none"] = "random-resized"
-    scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="area kept by random-resized, as fractions")
+    scale: tuple[Part, Part] = Field((0.08, 1.0), description="area kept by random-resized, as fractions")
     ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="aspect ratios of random-resized")
     flip: Flag = True
     enlarge: Flag = Field(False, description="accept images smaller than `pixels`")
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _smaller_first(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if ends[0] > ends[1]:
+            raise ValueError("must give the smaller number first")
+        return ends
 
 
 class Start(Section):
@@ -170,16 +206,11 @@ class Start(Section):
     from_: str = Field(alias="from")
     load: Literal["weights", "all"] = "weights"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_plain_word(cls, value: Any) -> Any:
-        return {"from": value} if isinstance(value, str) else value
-
 
 class Optimizer(Section):
     name: str = "adamw"
     lr: Positive = 1e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -259,6 +290,9 @@ class Evaluate(Section):
     fine_tune: FineTune = FineTune()
 
 
+_KEPT_NAMES = ("data", "mlartifacts", "mlflow.db")
+
+
 class Config(Section):
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -272,7 +306,9 @@ class Config(Section):
 
     @field_validator("name")
     @classmethod
-    def _name_is_a_word(cls, name: str) -> str:
+    def _name_is_a_free_word(cls, name: str) -> str:
+        if name in _KEPT_NAMES:
+            raise ValueError(f"is kept for what lies beside the runs (kept: {', '.join(_KEPT_NAMES)})")
         return _check_word(name)
 
     @model_validator(mode="after")

@@ -133,6 +133,7 @@ class Storage:
         with self._explained("write", key):
             if self.is_local:
                 os.replace(self._beside(key, data), self._at(key))
+                self._sync_directory(key)
             else:
                 self.fs.pipe_file(self._at(key), data)
 
@@ -168,6 +169,7 @@ class Storage:
                         target.flush()
                         os.fsync(target.fileno())
                     os.replace(temporary, self._at(key))
+                    self._sync_directory(key)
                 except BaseException:
                     Path(temporary).unlink(missing_ok=True)
                     raise

@@ -21,12 +21,13 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.core.errors import StorageError
 from pipeline.core.progress import say
 
 _RETRY_AFTER = 5.0  # seconds
+_WAIT_FOR_LOCK = 60.0  # seconds
 _BATCH = 500  # records sent at once
 KEY_TAG = "tessera.key"
 
@@ -52,8 +53,7 @@ class Tracker:
         self.directory = spool / hashlib.sha256(f"{uri}\n{key}".encode()).hexdigest()[:16]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.directory / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)  # one writer a spool; a dead one's lock is gone with it
+            self._lock = self._take_lock()
             self._file = (self.directory / "records.jsonl").open("a+b", buffering=0)
             self._end_cut_line()
         except OSError as e:
@@ -62,6 +62,27 @@ class Tracker:
         self._warned = self._lost = False
         self._sender = threading.Thread(target=self._send_all, name=f"tracking {name}", daemon=True)
         self._sender.start()
+
+    def _take_lock(self) -> TextIO:
+        """One writer a spool: wait for another process of this run, which may be dying; a dead one's lock is gone with it.
+
+        Raises:
+            StorageError: it is alive and well.
+        """
+        path = self.directory / "lock"
+        deadline = time.monotonic() + _WAIT_FOR_LOCK
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:  # or it went with a spool that was all sent
+                    return lock
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StorageError(f"tracking: another process of this run holds {path}; is this run running twice?") from None
+            lock.close()
+            time.sleep(0.2)
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._append("params", values={k: str(v)[:6000] for k, v in values.items()})
@@ -195,7 +216,7 @@ class _Connection:
         self.error = MlflowException
         self.client = MlflowClient(tracking_uri=tracker.uri)
         self.experiment = self._find_experiment(tracker)
-        self.parent = self._find_run(tracker.parent, {}) if tracker.parent else None
+        self.parent = self._find_run(tracker.parent, {"mlflow.runName": tracker.name.partition("/")[0]}) if tracker.parent else None
         tags = {"mlflow.runName": tracker.name, **({"mlflow.parentRunId": self.parent} if self.parent else {})}
         self.run = self._find_run(tracker.key, tags)
         self.params = dict(self.client.get_run(self.run).data.params)

@@ -11,6 +11,7 @@ _PREFIX = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}
 _TIME = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0}
 _COUNT = ("epoch", "sample", "step")
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_LARGEST = 1e15  # of any unit; counts stay exact
 
 DURATION_PATTERN = rf"^{_NUMBER}\s*([kKMB]?)\s+({'|'.join([*_COUNT, *_TIME])})s?$"
 SIZE_PATTERN = rf"^{_NUMBER}\s*({'|'.join(_BYTES)})$"
@@ -33,7 +34,10 @@ class Duration:
             units = ", ".join(f"{u}s" for u in (*_COUNT, *_TIME))
             raise ValueError(f"needs a number and a unit, such as '90 epochs' or '400M samples' (units: {units})")
         number, prefix, unit = match.groups()
-        return Duration(float(number) * _PREFIX[prefix], unit)
+        value = float(number) * _PREFIX[prefix]
+        if value > _LARGEST:
+            raise ValueError(f"must be at most {_LARGEST:g}")
+        return Duration(value, unit)
 
     @property
     def is_time(self) -> bool:
@@ -63,10 +67,12 @@ def parse_bytes(text: object) -> int:
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
     match = re.match(SIZE_PATTERN, text.strip()) if isinstance(text, str) else None
-    count = round(float(match[1]) * _BYTES[match[2]]) if match else 0
-    if count < 1:
+    count = float(match[1]) * _BYTES[match[2]] if match else 0
+    if round(min(count, 1)) < 1:
         raise ValueError(f"needs a number and a unit, such as '256 MiB' (units: {', '.join(_BYTES)})")
-    return count
+    if not math.isfinite(count):
+        raise ValueError("is too large")
+    return round(count)
 
 
 def format_bytes(count: float) -> str:

@@ -93,6 +93,8 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     if isinstance(module, Block):
+        for kernel in module.attn.qkv.weight.chunk(3):  # three kernels of their own in Flax
+            nn.init.xavier_uniform_(kernel)
         for layer in (module.mlp.fc1, module.mlp.fc2):
             nn.init.normal_(layer.bias, std=1e-6)
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tempfile
+import weakref
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,6 +52,7 @@ class _Shard:
             self.file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise DataError(f"data {directory.url}/{record.name}: is missing") from None
+        weakref.finalize(self, os.close, self.file)  # when no thread reads from it any more
 
     def sample(self, row: int, where: str) -> Sample:
         at = {name: column[row] for name, column in self.columns.items()}
@@ -68,6 +70,8 @@ class _Shard:
 def _fetch(directory: Storage, record: ShardRecord) -> Path:
     cache = Path(tempfile.gettempdir()) / f"tessera-shards-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
+    if cache.stat().st_uid != os.getuid():
+        raise DataError(f"data {directory.url}: the shard cache {cache} belongs to somebody else; TMPDIR names another place")
     target = cache / f"{record.sha256}.tar"
     if not target.exists():
         with tempfile.NamedTemporaryFile(dir=cache, delete=False) as f:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from typing import Any
@@ -13,11 +12,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.checkpoint import Run
 from pipeline.config.schema import Cluster
-from pipeline.core.errors import ConfigError, Diverged, InfrastructureError, TesseraError, UserError, find_error
+from pipeline.core.errors import ConfigError, Diverged, InfrastructureError, StageFailed, TesseraError, UserError, find_error
 from pipeline.core.progress import Event, emit, say, set_sink
 from pipeline.core.world import World
 
 _LOOK_EVERY = 0.5  # seconds
+# Raised by code that is wrong, not by a machine that failed; a rank whose peer died sees a RuntimeError.
+_DEFECTS = (ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, ArithmeticError)
 
 
 class Relay:
@@ -49,19 +50,25 @@ class Relay:
 
 
 def count_workers(cluster: Cluster) -> int:
-    """Training processes: as the config says, else one a GPU, else two (one on a machine with a single core).
+    """Training processes on the Ray that this process is connected to; raises as `choose_workers`."""
+    has = ray.cluster_resources()
+    return choose_workers(cluster, int(has.get("GPU", 0)), int(has.get("CPU", 1)))
+
+
+def choose_workers(cluster: Cluster, gpus: int, cores: int) -> int:
+    """Training processes on a cluster of so many GPUs and cores: as the config says, else one a GPU, else two.
 
     Raises:
         ConfigError: the cluster has not as many GPUs or cores.
     """
-    has = ray.cluster_resources()
-    gpus, cores = int(has.get("GPU", 0)), int(has.get("CPU", 1))
-    wanted = cluster.workers or cluster.gpus or gpus or min(2, cores)
-    if cluster.gpus and cluster.gpus > gpus:
-        raise ConfigError(f"cluster.gpus: {cluster.gpus} are asked for, the cluster has {gpus}")
-    most = gpus or cores
-    if wanted > most:
-        raise ConfigError(f"cluster.workers: {wanted} are asked for, the cluster has {most} {'GPUs' if gpus else 'cores'}")
+    least = cluster.gpus if cluster.min_gpus is None else cluster.min_gpus
+    if least and gpus < least:
+        raise ConfigError(f"cluster.{'gpus' if cluster.min_gpus is None else 'min_gpus'}: {least} are asked for, the cluster has {gpus}")
+    usable = gpus if cluster.gpus is None else min(gpus, cluster.gpus)
+    wanted = cluster.workers or usable or min(2, cores)
+    if wanted > (usable or cores):
+        has = f"{usable} GPUs" if usable else f"{cores} cores"
+        raise ConfigError(f"cluster.workers: {wanted} are asked for, and there are {has} for them")
     return wanted
 
 
@@ -73,7 +80,7 @@ def pretrain(run: Run) -> dict[str, float]:
     """
     cluster = run.config.cluster
     workers = count_workers(cluster)
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    use_gpu = cluster.gpus != 0 and ray.cluster_resources().get("GPU", 0) > 0
     say(f"pretrain     starting {workers} worker{'' if workers == 1 else 's'} ({'GPU' if use_gpu else 'CPU'})")
     relay = ray.remote(num_cpus=0)(Relay).remote()
     done = threading.Event()
@@ -83,7 +90,7 @@ def pretrain(run: Run) -> dict[str, float]:
         with tempfile.TemporaryDirectory(prefix="tessera-train-") as scratch:
             TorchTrainer(
                 _worker,
-                train_loop_config={"run": run, "relay": relay, "threads": max(1, (os.cpu_count() or 1) // workers)},
+                train_loop_config={"run": run, "relay": relay},
                 scaling_config=ScalingConfig(
                     num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
                 ),
@@ -104,9 +111,7 @@ def pretrain(run: Run) -> dict[str, float]:
 
 def _worker(config: dict[str, Any]) -> None:
     """What each worker process runs."""
-    import torch
-
-    from pipeline.train.worker import run_worker, stage_tracker
+    from pipeline.train.worker import run_worker, stage_tracker, use_cores
 
     run, relay = config["run"], config["relay"]
     if ray.get(relay.error.remote()):
@@ -114,13 +119,13 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     set_sink(lambda event: relay.put.remote(event))
-    if not torch.cuda.is_available():
-        torch.set_num_threads(config["threads"])
+    use_cores(context.get_local_world_size())
     tracker = stage_tracker(run) if world.is_main else None
     try:
         seconds = run_worker(run, world, tracker)
-    except (UserError, Diverged) as e:
-        ray.get(relay.fail.remote(e))
+    except (UserError, Diverged, *_DEFECTS) as e:
+        defect = StageFailed(f"pretrain: a worker failed, which no restart mends ({type(e).__name__}: {e})")
+        ray.get(relay.fail.remote(e if isinstance(e, TesseraError) else defect))
         if tracker:
             tracker.close("FAILED")
         raise

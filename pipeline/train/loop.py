@@ -103,9 +103,12 @@ def validate(engine: Engine, objective: Classify, held_out: Dataset, config: Pre
     with torch.no_grad():
         for batch in _equal_turns(batches, len(held_out), config, world):
             loss, metrics = _forward(engine, objective, batch, config, world)
-            for name, value in {"loss": loss, **metrics}.items():
-                totals[name] = totals.get(name, 0) + value * (batch.weight * len(batch.images))
-    return {f"validate/{name}": value for name, value in _mean(totals, len(held_out), world).items()}
+            labelled = batch.weight * (batch.labels >= 0).sum()  # the objective gives means over these
+            for name, value in {"loss": loss, **metrics, "labelled": torch.ones(())}.items():
+                totals[name] = totals.get(name, 0) + value * labelled
+    sums = _mean(totals, 1, world)
+    count = max(1.0, sums.pop("labelled"))
+    return {f"validate/{name}": value / count for name, value in sums.items()}
 
 
 def _equal_turns(batches: Iterator[MicroBatch], samples: int, config: Pretrain, world: World) -> Iterator[MicroBatch]:

@@ -18,7 +18,7 @@ def _adamw(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
 
 
 def _adam(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
-    """Adam with L2 in the gradient, as the ViT paper's pre-training."""
+    """Adam with weight decay as L2 in the gradient; adamw decouples it."""
     return torch.optim.Adam(groups, lr=o.lr, betas=o.betas, eps=o.eps)
 
 

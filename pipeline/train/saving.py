@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from pipeline.checkpoint import Checkpoints, Commit, ModelCard, Receipt
 from pipeline.checkpoint.commit import HISTORY
-from pipeline.checkpoint.model import write_model
-from pipeline.core.errors import CheckpointError, StorageError, TesseraError
+from pipeline.checkpoint.model import split_url, write_model
+from pipeline.config.schema import StorageSection
+from pipeline.core.errors import CheckpointError, ConfigError, Diverged, StorageError, TesseraError
 from pipeline.core.progress import say
+from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.train.loop import Row
 from pipeline.train.zero import Engine
@@ -41,6 +45,7 @@ def save(
         error: TesseraError | None = None
         try:
             if world.is_main:
+                _check_finite(weights, step)
                 with _writing(directory):
                     write_model(directory, card, weights)
                     (directory / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in history))
@@ -59,8 +64,8 @@ def save(
         _raise_first(world.gather(error))
 
 
-def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World, where: str = "pretrain") -> tuple[Commit | None, list[Row]]:
-    """Load the newest sound checkpoint into `engine`; gives its commit and history, or (None, []) where there is none.
+def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World) -> tuple[Commit | None, list[Row]]:
+    """Load the run's newest sound checkpoint into `engine`; gives its commit and history, or (None, []) where there is none.
 
     Raises:
         CheckpointError: it was saved by another number of workers, at another stage, or on other data.
@@ -69,24 +74,58 @@ def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World, w
         commit = world.broadcast(_newest(checkpoints) if world.is_main else None)
         if commit is None:
             return None, []
-        _check_fits(commit, engine, view, world, f"{where}: checkpoint {checkpoints.directory.url}/step-{commit.step}")
-        with tempfile.TemporaryDirectory(prefix="tessera-restore-") as local:
-            damage: CheckpointError | None = None
-            try:
-                checkpoints.fetch(commit, Path(local))
-            except CheckpointError as e:
-                damage = e
-            damages = [d for d in world.gather(damage) if d is not None]
-            if damages:
-                if world.is_main:
-                    checkpoints.set_aside(commit, str(damages[0]))
-                world.barrier()
-                continue
-            engine.load(Path(local))
-            history = [json.loads(line) for line in (Path(local) / HISTORY).read_text().splitlines()]
-        if world.is_main:
-            say(f"resuming at step {commit.step:,} from {checkpoints.directory.url}")
-        return commit, history
+        try:
+            return commit, _load(engine, checkpoints, commit, view, world, "pretrain")
+        except _Damaged as e:
+            if world.is_main:
+                checkpoints.set_aside(commit, str(e))
+            world.barrier()
+
+
+def restore_from(engine: Engine, url: str, storage: StorageSection, view: str, world: World) -> tuple[Commit, list[Row]]:
+    """Load the checkpoint `URL` or `URL@step` of another run, and change nothing there.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it does not fit, as in `restore`.
+        ConfigError: it lies outside the config's storage. DeepSpeed's files are pickles, which run code as they are read.
+    """
+    where = "pretrain.start.from"
+    base, step = split_url(url)
+    source, root = Storage(base, storage.endpoint), Storage(storage.url, storage.endpoint)
+    if not source.url.startswith(f"{root.url}/"):
+        raise ConfigError(f"{where}: {base} with load: all must lie in this config's storage, {root.url} (load: weights may lie anywhere)")
+    checkpoints = Checkpoints(source)
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{where}: there is no committed checkpoint in {base}")
+    commit = checkpoints.read(step if step is not None else steps[-1])
+    try:
+        return commit, _load(engine, checkpoints, commit, view, world, where)
+    except _Damaged as e:
+        raise CheckpointError(f"{where}: {e}") from e
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _load(engine: Engine, checkpoints: Checkpoints, commit: Commit, view: str, world: World, where: str) -> list[Row]:
+    """Fetch, verify and load; all ranks raise `_Damaged` together where one of them finds damage."""
+    _check_fits(commit, engine, view, world, f"{where}: checkpoint {checkpoints.directory.url}/step-{commit.step}")
+    with tempfile.TemporaryDirectory(prefix="tessera-restore-") as local:
+        damage: str | None = None
+        try:
+            checkpoints.fetch(commit, Path(local))
+        except CheckpointError as e:
+            damage = str(e)
+        damages = [d for d in world.gather(damage) if d is not None]
+        if damages:
+            raise _Damaged(damages[0])
+        engine.load(Path(local))
+        history = [json.loads(line) for line in (Path(local) / HISTORY).read_text().splitlines()]
+    if world.is_main:
+        say(f"resuming at step {commit.step:,} from {checkpoints.directory.url}")
+    return history
 
 
 def _newest(checkpoints: Checkpoints) -> Commit | None:
@@ -105,6 +144,13 @@ def _check_fits(commit: Commit, engine: Engine, view: str, world: World, where: 
         )
     if commit.view != view:
         raise CheckpointError(f"{where} was trained on other data ({commit.view[:12]}..) than the dataset there now ({view[:12]}..)")
+
+
+def _check_finite(weights: dict[str, torch.Tensor], step: int) -> None:
+    """A diverged model must not push sound checkpoints out."""
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise Diverged(f"pretrain: {name} is no longer finite at step {step}, which is not saved; try a lower pretrain.optimizer.lr")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import click
@@ -21,7 +20,7 @@ from pipeline.checkpoint import Checkpoints, ModelCard, Run, adapt_weights, clai
 from pipeline.checkpoint.model import split_url
 from pipeline.config import load_config
 from pipeline.config.schema import Pretrain
-from pipeline.core.errors import ConfigError, TesseraError
+from pipeline.core.errors import ConfigError, StorageError, TesseraError
 from pipeline.core.progress import Progress, say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -34,7 +33,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.stream import Dataset, open_dataset, open_stream
 from pipeline.train.loop import Row, train
 from pipeline.train.optim import build_optimizer
-from pipeline.train.saving import restore, save
+from pipeline.train.saving import restore, restore_from, save
 from pipeline.train.zero import Engine, check_precision, join_group
 
 
@@ -53,17 +52,16 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     dataset = open_dataset(run.dataset_url, p.split, endpoint)
     held_out = open_dataset(run.dataset_url, p.validation.split, endpoint) if p.validation else None
     plan = make_plan(config, len(dataset), len(dataset.classes), world.size)
-    model = _start_model(run, dataset).to(world.device)
+    checkpoints = Checkpoints(run.directory)
+    model = _start_model(run, dataset, checkpoints, tracker).to(world.device)
     stream = open_stream(
         run.dataset_url, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loaders,
         seed=config.seed, split=p.split, image=p.image, endpoint=endpoint,
     )  # fmt: skip
     engine = Engine(model, build_optimizer(model, p.optimizer), p, stream.rounds, world)
-    checkpoints = Checkpoints(run.directory)
     commit, history = restore(engine, checkpoints, dataset.view, world)
     if commit is None and p.start and p.start.load == "all":
-        url, _ = split_url(p.start.from_)
-        commit, history = restore(engine, Checkpoints(Storage(url, endpoint)), dataset.view, world, "pretrain.start.from")
+        commit, history = restore_from(engine, p.start.from_, config.storage, dataset.view, world)
     first = commit.step if commit else 0
     stream.consumed = commit.samples if commit else 0
     hooks = Recorder(run, dataset, engine, checkpoints, plan, history, world, tracker, first)
@@ -81,16 +79,18 @@ def _pretrain(run: Run) -> Pretrain:
     return run.config.pretrain
 
 
-def _start_model(run: Run, dataset: Dataset) -> VisionTransformer:
-    """A new model, or one with another run's weights where `pretrain.start` says so."""
+def _start_model(run: Run, dataset: Dataset, checkpoints: Checkpoints, tracker: Tracker | None) -> VisionTransformer:
+    """A new model, or one with another run's weights where `pretrain.start` says so and no checkpoint of ours follows."""
     p = _pretrain(run)
     if not dataset.classes:
         raise ConfigError(f"pretrain.objective: {p.objective.name!r} needs labels, and {run.dataset_url} has no classes")
     model = build_model(p.model.name, p.model.arguments, pixels=p.image.pixels, classes=len(dataset.classes), seed=run.config.seed)
-    if p.start and p.start.load == "weights":
+    if p.start and p.start.load == "weights" and not checkpoints.steps():
         url, step = split_url(p.start.from_)
         card, weights = find_model(Storage(url, run.config.storage.endpoint), step)
         model.load_state_dict(adapt_weights(card, weights, model, "pretrain.start.from"))
+        if tracker:
+            tracker.tags({"tessera.start.run": card.run, "tessera.start.step": str(card.step)})
     return model
 
 
@@ -130,7 +130,13 @@ class Recorder:
             self.progress.update(1)
         if step == self.plan.steps or self._is_due(step):
             began = time.perf_counter()
-            self._save(step)
+            try:
+                self._save(step)
+            except StorageError as e:  # the same on every rank
+                if step == self.plan.steps:
+                    raise
+                if self.world.is_main:
+                    say(f"warning: the checkpoint at step {step:,} is not saved, training goes on ({e})")
             self._saved_at = time.monotonic()
             self.seconds["saving checkpoints"] += time.perf_counter() - began
             if self.world.is_main and self.tracker:
@@ -139,7 +145,7 @@ class Recorder:
     def _is_due(self, step: int) -> bool:
         if self._every.is_time:
             # Clocks differ: the first rank's decides.
-            return self.world.broadcast(time.monotonic() - self._saved_at >= self._every.seconds)
+            return self.world.sum([float(self.world.is_main and time.monotonic() - self._saved_at >= self._every.seconds)])[0] > 0
         return step % self._every.steps(_pretrain(self.run).batch, self.plan.samples_an_epoch) == 0
 
     def _save(self, step: int) -> None:
@@ -173,11 +179,6 @@ def use_cores(processes: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, processes)))
 
 
-def end_with(error: TesseraError, say_it: Callable[[str], None] = say) -> None:
-    say_it(f"error: {error}")
-    sys.exit(error.exit_code)
-
-
 @click.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
@@ -185,18 +186,20 @@ def main(config: str, overrides: tuple[str, ...]) -> None:
     """Train CONFIG's model from shards that are there already; one process a rank, started by torchrun."""
     world = World.from_environment()
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    tracker = None
+    parent = tracker = None
     try:
         # Every rank claims the run: whoever is first makes it, the others find the same.
         run = claim_run(load_config(config, list(overrides)))
-        tracker = stage_tracker(run) if world.is_main else None
+        if world.is_main:
+            parent, tracker = run.tracker(), stage_tracker(run)
         run_worker(run, world, tracker)
-        if tracker:
-            tracker.close()
+        for each in filter(None, (tracker, parent)):
+            each.close()
     except TesseraError as e:
-        if tracker:
-            tracker.close("FAILED")
-        end_with(e)
+        for each in filter(None, (tracker, parent)):
+            each.close("FAILED", timeout=10)
+        say(f"error: {e}")
+        sys.exit(int(e.exit_code))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ STEPS = 60
 def _arguments(storage: Path, digits: Path) -> list[str]:
     return [
         "configs/quickstart.yaml", f"storage={storage}", f"shard.source.url={digits}", f"pretrain.duration={STEPS} steps", "pretrain.save.every=10 steps",
+        "pretrain.schedule.warmup=10 steps",
         "pretrain.log=1 steps", "pretrain.validate.every=20 steps", "pretrain.model.dropout=0.1", "evaluate=null",
     ]  # fmt: skip
 

@@ -22,7 +22,7 @@ def test_quickstart_on_a_cluster(
     bucket = make_bucket()
     arguments = [
         "configs/quickstart.yaml", f"storage={{url: {bucket}/runs, endpoint: '{endpoint}'}}", f"tracking.uri={mlflow_server}", f"shard.source.url={digits}",
-        "pretrain.duration=40 steps", "pretrain.save.every=20 steps", "pretrain.validate.every=20 steps", "evaluate.fine_tune.steps=4", "evaluate.seeds=2",
+        "pretrain.duration=40 steps", "pretrain.schedule.warmup=10 steps", "pretrain.save.every=20 steps", "pretrain.validate.every=20 steps", "evaluate.fine_tune.steps=4", "evaluate.seeds=2",
     ]  # fmt: skip
     env = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_TOKEN": ray_head.token}
     command = [sys.executable, "launch/submit.py", *arguments, "--address", ray_head.address]

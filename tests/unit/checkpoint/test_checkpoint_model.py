@@ -34,7 +34,13 @@ def test_weights_come_back(store: Storage, tmp_path: Path) -> None:
     for asked, step in ((None, 8), (7, 7)):
         card, weights = find_model(store, asked)
         assert card == CARD and all(torch.equal(weights[k], v + step) for k, v in model().state_dict().items())
-    with pytest.raises(CheckpointError, match=r"step-9: there is no such committed checkpoint \(committed steps: 7, 8\)"):
+    store.write("checkpoints/step-8/a/model.safetensors", b"damaged")
+    assert torch.equal(find_model(store)[1]["norm.weight"], model().norm.weight + 7), "the newest sound one"
+    with pytest.raises(CheckpointError, match=r"step-8/a/model\.safetensors: is damaged"):
+        find_model(store, 8)
+    sound = checkpoints.newest_sound()
+    assert sound is not None and sound.step == 7 and checkpoints.steps() == [7], "the damaged one is set aside"
+    with pytest.raises(CheckpointError, match=r"step-9: there is no such committed checkpoint \(committed steps: 7\)"):
         find_model(store, 9)
 
 

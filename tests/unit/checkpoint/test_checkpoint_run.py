@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.checkpoint import claim_run, find_run
 from pipeline.checkpoint.run import check_claim, flatten, run_directory, tracking_uri
@@ -100,6 +101,34 @@ def test_what_is_no_run(config: Maker, store: Storage) -> None:
         store.write("run/run.yaml", text)
         with pytest.raises(ConfigError, match=r"/run/run.yaml"):
             claim_run(config())
+
+
+def test_a_directory_that_is_no_run(config: Maker, store: Storage) -> None:
+    for key in ("shards/manifest.json", "spool/x", "checkpoints/step-1/COMMIT.json", "evaluation/x", "report/x", "timings.json"):
+        store.write(f"run/{key}", b"{}")
+    assert check_claim(config()) is None
+    store.write("run/thesis.txt", b"mine")
+    for claim in (check_claim, claim_run):
+        with pytest.raises(ConfigError, match=r"^name: .*/run holds 'thesis.txt' and no run.yaml, so it is not a run; choose another name"):
+            claim(config(), fresh=True)
+    assert not store.exists("run/run.yaml") and store.exists("run/timings.json")
+
+
+def test_a_run_of_an_older_version(config: Maker, store: Storage) -> None:
+    run = claim_run(config())
+    record = yaml.safe_load(store.read("run/run.yaml"))
+    del record["config"]["pretrain"]["zero"], record["config"]["pretrain"]["optimizer"]["momentum"]  # keys that came later
+    store.write("run/run.yaml", yaml.safe_dump(record).encode())
+    assert claim_run(config()).id == run.id
+    with pytest.raises(ConfigError, match=r"differs in pretrain.zero.stage; choose"):
+        claim_run(config({"zero": {"stage": 2}}))
+    record["config"]["pretrain"]["gone"] = 1
+    store.write("run/run.yaml", yaml.safe_dump(record).encode())
+    with pytest.raises(
+        ConfigError, match=r"this version refuses \(pretrain.gone: no such key.*\); choose another name, or start anew with --fresh"
+    ):
+        claim_run(config())
+    assert claim_run(config(), fresh=True).is_new
 
 
 def test_tracking_uri(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
 
@@ -121,6 +124,89 @@ def test_plain_words() -> None:
     assert words == spelt
 
 
+def test_a_plain_word_becomes_a_section(tmp_path: Path) -> None:
+    """What it stands for depends on where it is: in a file that extends, in a part, and in overrides."""
+    write(
+        tmp_path,
+        base="name: t\nstorage: s3://lab\ndata: s3://d\npretrain: {model: vit_b16, duration: 1 epoch, start: s3://lab/a}\n",
+        over="extends: base.yaml\nstorage: {endpoint: http://x}\npretrain: {start: {load: all}, model: {drop_path: 0.1}}\n",
+        part="extends: base.yaml\npretrain: {extends: sub/b.yaml, start: {load: all}}\n",
+        sub__b="start: s3://lab/b\n",
+    )
+    for config in (
+        load_config(tmp_path / "over.yaml"),
+        load_config(tmp_path / "base.yaml", ["storage.endpoint=http://x", "pretrain.start.load=all", "pretrain.model.drop_path=0.1"]),
+    ):
+        assert config.storage.model_dump() == {"url": "s3://lab", "endpoint": "http://x"}
+        assert config.pretrain is not None and config.pretrain.start is not None
+        assert (config.pretrain.start.from_, config.pretrain.start.load) == ("s3://lab/a", "all")
+        assert config.pretrain.model.arguments == {"drop_path": 0.1}
+    for name, overrides in (("part", []), ("base", ["pretrain.start=s3://lab/b", "pretrain.start.load=all"])):
+        p = load_config(tmp_path / f"{name}.yaml", overrides).pretrain
+        assert p is not None and p.start is not None and (p.start.from_, p.start.load) == ("s3://lab/b", "all")
+
+
+def readme_examples(folder: Path) -> list[Path]:
+    shutil.copy(ROOT / "configs" / "quickstart.yaml", folder)
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    write(folder, **{f"readme{n}": block for n, block in enumerate(blocks)})
+    return [folder / f"readme{n}.yaml" for n in range(len(blocks))]
+
+
+def test_the_readme(tmp_path: Path) -> None:
+    examples = readme_examples(tmp_path)
+    assert examples
+    for path in examples:
+        config = load_config(path)
+        assert config.storage.url.startswith("s3://") and config.storage.endpoint and config.cluster.address and config.pretrain
+
+
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.chdir(tmp_path)
+    suites = ["a", {"name": "b", "data": "own"}, {"name": "c", "data": "~/c"}, {"name": "d", "data": "d"}, {"name": "e", "data": None}]
+    config = parse_config({**minimal(start="~/runs/a@5"), "storage": {"url": "~/runs"}, "data": "s3://~/d", "evaluate": {"suites": suites}})
+    assert config.pretrain is not None and config.pretrain.start is not None and config.evaluate is not None
+    assert (config.storage.url, config.data, config.pretrain.start.from_) == ("/home/ada/runs", "s3://~/d", "/home/ada/runs/a@5")
+    assert [s.data for s in config.evaluate.suites] == [None, "own", "/home/ada/c", f"{tmp_path}/d", None]
+    source = parse_config({"name": "t", "storage": "own", "shard": {"source": {"url": "~/images"}}})
+    assert source.shard is not None and (source.shard.source.url, source.storage.url) == ("/home/ada/images", f"{tmp_path}/own")
+
+
+def test_files_are_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes("name: t\nstorage: /läufe\ndata: /d\npretrain: {model: m, duration: 1 epoch}\n".encode())
+    assert load_config(tmp_path / "a.yaml").storage.url == "/läufe"
+
+
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        ("storage", "s3://key:secret@lab/runs"),
+        ("storage.url", "s3://key:secret@lab/runs"),
+        ("storage.endpoint", "https://me:secret@s3.lab"),
+        ("tracking.uri", "postgresql://me:secret@db/mlflow"),
+        ("cluster.address", "http://me:secret@head:8265"),
+        ("data", "http://me:secret@data/d@3"),
+        ("shard.source.url", "ftp://me:secret@data/d"),
+        ("pretrain.start", "http://me:secret@runs/a@5"),
+        ("pretrain.start.from", "http://me:secret@runs/a@5"),
+        ("evaluate.suites", "[{name: x, data: 'http://me:secret@data/d'}]"),
+    ],
+)
+def test_passwords_are_refused(path: str, url: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        parse_config(MINIMAL, [f"{path}={url}"])
+    assert str(e.value).startswith(path) and "holds a password; give it in the environment (for MLflow MLFLOW_TRACKING_USERNAME" in str(
+        e.value
+    )
+    assert "secret" not in str(e.value)
+
+
+def test_what_is_no_password() -> None:
+    for url in ("s3://lab/a:b@3", "http://me@mlflow:5000", "sqlite:///a:b@c.db", "http://head:8265/x@y"):
+        assert parse_config(MINIMAL, [f"tracking.uri={url}", f"data={url}"]).data == url
+
+
 def test_numbers_as_people_write_them() -> None:
     values = parse_yaml("[5e-4, 1E3, -2.e+5, .5e1, 1e, 5, 1.5, 2024-01-01x, e5]", "x")
     assert values == [5e-4, 1000.0, -2e5, 5.0, "1e", 5, 1.5, "2024-01-01x", "e5"]
@@ -178,13 +264,20 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         (minimal(precision="int8"), "pretrain.precision: 'int8' should be 'fp32', 'bf16' or 'fp16'"),
         (minimal(zero={"stage": 4}), "pretrain.zero.stage: 4 should be 0, 1, 2 or 3"),
         (minimal(image={"flip": "yes"}), "pretrain.image.flip: 'yes' should be a valid boolean"),
-        (minimal(optimizer={"betas": [0.9, 1.5]}), "pretrain.optimizer.betas.1: 1.5 should be less than or equal to 1"),
+        (minimal(optimizer={"betas": [0.9, 1.5]}), "pretrain.optimizer.betas.1: 1.5 should be less than 1"),
+        (minimal(optimizer={"betas": [0.9, 1]}), "pretrain.optimizer.betas.1: 1 should be less than 1"),
+        (minimal(image={"scale": [0, 1]}), "pretrain.image.scale.0: 0 should be greater than 0"),
+        (minimal(image={"scale": [1, 0.5]}), "pretrain.image.scale: [1, 0.5] must give the smaller number first"),
+        (minimal(image={"ratio": [1.3, 0.7]}), "pretrain.image.ratio: [1.3, 0.7] must give the smaller number first"),
         (minimal(duration=90), "pretrain.duration: 90 needs a number and a unit, such as '90 epochs'"),
         (minimal(duration="3 hours"), "pretrain.duration: '3 hours' must be counted in epochs, samples or steps, not in time"),
         (minimal(duration="0 epochs"), "pretrain.duration: '0 epochs' must be more than zero"),
+        (minimal(duration="1e400 steps"), "pretrain.duration: '1e400 steps' must be at most 1e+15"),
+        (minimal(save={"every": "1e400 hours"}), "pretrain.save.every: '1e400 hours' must be at most 1e+15"),
         (minimal(batch=100, micro_batch=64), "pretrain.batch: 100 is not a multiple of micro_batch (64)"),
         ({k: v for k, v in MINIMAL.items() if k != "name"}, "name: is missing"),
         ({**MINIMAL, "name": "../x"}, "name: '../x' may hold letters, digits, '.', '_' and '-' only"),
+        ({**MINIMAL, "name": "data"}, "name: 'data' is kept for what lies beside the runs (kept: data, mlartifacts, mlflow.db)"),
         ({"name": "t", "storage": "r"}, "config: nothing to do: needs at least one of the sections shard, pretrain, evaluate"),
         ({k: v for k, v in MINIMAL.items() if k != "data"}, "pretrain: needs data, a dataset's URL, or a shard section that makes one"),
         ({**MINIMAL, "shard": {"source": {"url": "x"}}}, "data: give either data or a shard section, not both"),
@@ -192,6 +285,7 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         ({**MINIMAL, "evaluate": {"suites": []}}, "evaluate.suites: [] "),
         ({"name": "t", "storage": "r", "shard": {"source": {"url": "x"}, "splits": {"a": 0.5, "b": 0.4}}}, "the fractions must add up to 1, these add up to 0.9"),
         ({"name": "t", "storage": "r", "shard": {"source": {"url": "x"}, "size": "256 mb"}}, "shard.size: '256 mb' needs a number and a unit, such as '256 MiB'"),
+        ({"name": "t", "storage": "r", "shard": {"source": {"url": "x"}, "size": "1e400 MiB"}}, "shard.size: '1e400 MiB' is too large"),
         ({**MINIMAL, "seed": 2**32}, "seed: 4294967296 should be less than 4294967296"),
         ({**MINIMAL, "seed": -1}, "seed: -1 should be greater than or equal to 0"),
     ],
@@ -250,3 +344,14 @@ def test_json_schema() -> None:
     assert schema["additionalProperties"] is False and {"name", "storage", "pretrain"} <= set(schema["properties"])
     pretrain = schema["$defs"]["Pretrain"]["properties"]
     assert "validate" in pretrain and "pattern" in pretrain["duration"]
+
+
+def test_json_schema_takes_what_loads(tmp_path: Path) -> None:
+    schema = json.loads(json.dumps(Config.model_json_schema()))
+    texts = [CONTRACT + DATA, CONTRACT + SHARD, *(p.read_text(encoding="utf-8") for p in readme_examples(tmp_path))]
+    texts += [p.read_text(encoding="utf-8") for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "cluster"]
+    validator = jsonschema.Draft202012Validator(schema)
+    for text in texts:
+        validator.validate(parse_yaml(text, "text"))
+    for wrong in (minimal(bacth=3), minimal(duration="3 parsecs"), minimal(optimizer=3), {**MINIMAL, "shard": "folder"}):
+        assert not validator.is_valid(wrong)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.errors import StorageError
 from pipeline.core.progress import Event, set_sink
 from pipeline.core.tracking import KEY_TAG, Tracker, redact
 
@@ -165,3 +166,13 @@ def _wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             time.sleep(0.2)
     pytest.fail(log.read_text())
+
+
+def test_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.core.tracking._WAIT_FOR_LOCK", 0.3)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    first = Tracker(uri, "e", "key", "name", tmp_path / "spool")
+    with pytest.raises(StorageError, match="is this run running twice"):
+        Tracker(uri, "e", "key", "name", tmp_path / "spool")
+    first.close()
+    assert Tracker(uri, "e", "key", "name", tmp_path / "spool").close(), "free again"

@@ -102,7 +102,7 @@ def test_pooling() -> None:
 def test_initialisation() -> None:
     model = tiny(width=256, depth=1, heads=4, patch=8, pixels=64)
     w = model.state_dict()
-    bound = math.sqrt(6 / (256 + 768))  # xavier
+    bound = math.sqrt(6 / (256 + 256))  # xavier, of query, key and value each
     assert w["blocks.0.attn.qkv.weight"].abs().max() <= bound
     assert w["blocks.0.attn.qkv.weight"].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
     assert w["patch_embed.proj.weight"].std().item() == pytest.approx(math.sqrt(1 / 192), rel=0.02)  # LeCun

@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.checkpoint import Checkpoints, Commit, ModelCard
 from pipeline.checkpoint.model import CARD, WEIGHTS, write_model
 from pipeline.config import Config, parse_config
+from pipeline.config.schema import Tracking
 from pipeline.core.storage import Storage
 from pipeline.evaluate.results import make_result, write_result
 from pipeline.evaluate.supervised import evaluate_supervised
@@ -47,12 +48,11 @@ def config(tree: Path) -> Config:
             "name": "tiny",
             "storage": str(tree.parent / "runs"),
             "cluster": "local",
-            "tracking": {"uri": "http://me:secret@mlflow:5000"},
             "shard": {"source": {"url": str(tree)}, "splits": {"train": 0.7, "test": 0.3}},
             "pretrain": {"model": {"name": "vit", **MODEL}, "image": {"pixels": 8}, "duration": "5 steps", "batch": 8, "micro_batch": 8},
             "evaluate": {"suites": ["squares"]},
         }
-    )
+    ).model_copy(update={"tracking": Tracking(uri="http://me:secret@mlflow:5000")})  # which no config file may hold
 
 
 @pytest.fixture(scope="session")

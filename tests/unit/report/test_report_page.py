@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config import Config, parse_config
+from pipeline.config import Config
 from pipeline.core.storage import Storage
 from pipeline.evaluate import read_results
 from pipeline.report import build_report, write_report
@@ -108,8 +108,7 @@ def test_the_same_run_gives_the_same_page(page: str, run: Storage, config: Confi
 
 
 def test_parts_without_data_are_left_out(config: Config, tmp_path: Path) -> None:
-    values = config.model_dump(mode="json", by_alias=True)
-    bare = parse_config({**values, "pretrain": None, "evaluate": None})
+    bare = config.model_copy(update={"pretrain": None, "evaluate": None})
     page = build_report(Storage(str(tmp_path)), bare, None, COMMAND)
     read(page)
     for heading in ("scores", "predictions", "curves", "data", "time"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -240,6 +241,16 @@ def test_a_lost_file_is_one_sentence(damageable: Storage, lost: str) -> None:
     damageable.remove(lost)
     with pytest.raises(DataError, match=f"{lost}: is missing"):
         list(evaluation_batches(open_dataset(damageable.url, endpoint=damageable.endpoint), 8, 4))
+
+
+def test_files_are_closed_again(make_dataset: Maker, tmp_path: Path) -> None:
+    """More shards than are kept open at once."""
+    make_dataset(Storage(str(tmp_path)), {"train": 320}, per_shard=1)
+    dataset = open_dataset(str(tmp_path), "train")
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(320):
+        assert dataset[number].image
+    assert 200 < len(os.listdir("/proc/self/fd")) - before <= 256
 
 
 def test_from_an_object_store(s3: tuple[str, Callable[[], str]], make_dataset: Maker, url: str, alone: list[MicroBatch]) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.schema import Optimizer
+from pipeline.config.schema import Cluster, Optimizer
 from pipeline.core.errors import CheckpointError, ConfigError, Diverged
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.models import build_model
 from pipeline.stream import open_stream
+from pipeline.train.job import choose_workers
 from pipeline.train.loop import Clock
 from pipeline.train.optim import OPTIMIZERS, build_optimizer, decay_groups
 from pipeline.train.schedule import SCHEDULES, factor
@@ -123,3 +124,34 @@ def test_errors_of_training_cross_processes() -> None:
     for error in (Diverged("pretrain: the loss is nan"), CheckpointError("x")):
         assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301
     assert math.isnan(json.loads(json.dumps({"grad": math.nan}))["grad"])
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus", "cores", "workers"),
+    [
+        ({}, 0, 8, 2),
+        ({}, 0, 1, 1),
+        ({}, 4, 8, 4),
+        ({"gpus": 0}, 4, 8, 2),
+        ({"gpus": 2}, 4, 8, 2),
+        ({"gpus": 8, "min_gpus": 2}, 4, 8, 4),
+        ({"workers": 3}, 0, 8, 3),
+        ({"workers": 3}, 4, 8, 3),
+    ],
+)
+def test_workers(cluster: dict[str, int], gpus: int, cores: int, workers: int) -> None:
+    assert choose_workers(Cluster.model_validate(cluster), gpus, cores) == workers
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus", "message"),
+    [
+        ({"gpus": 8}, 4, "cluster.gpus: 8 are asked for, the cluster has 4"),
+        ({"gpus": 8, "min_gpus": 5}, 4, "cluster.min_gpus: 5 are asked for, the cluster has 4"),
+        ({"workers": 9}, 0, "cluster.workers: 9 are asked for, and there are 2 cores for them"),
+        ({"workers": 9}, 4, "cluster.workers: 9 are asked for, and there are 4 GPUs for them"),
+    ],
+)
+def test_more_workers_than_the_cluster_has(cluster: dict[str, int], gpus: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        choose_workers(Cluster.model_validate(cluster), gpus, 2)

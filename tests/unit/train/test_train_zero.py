@@ -111,6 +111,12 @@ def alone(shop: Workshop) -> list[list[str] | None]:
             ),
             shop.job("fp16", "pretrain.precision=fp16"),
             shop.job("diverged", "pretrain.optimizer={name: sgd, lr: 1e+30}"),
+            shop.job("unseen", "pretrain.optimizer={name: sgd, lr: 1e+30}", "pretrain.log=100 steps", "pretrain.save.every=2 steps"),
+            shop.job("onward", f"pretrain.start={{from: {shop.root}/runs/alone@3, load: all}}"),
+            shop.job(
+                "finer", f"pretrain.start={{from: {shop.root}/runs/alone@3}}", "pretrain.image.pixels=16", "pretrain.image.enlarge=true"
+            ),
+            shop.job("abroad", "pretrain.start={from: /elsewhere/run, load: all}"),
         ],
     )
 
@@ -191,6 +197,19 @@ def test_fp16_is_refused_on_a_cpu(alone: list[list[str] | None]) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(shop: Workshop, alone: list[list[str] | None]) -> None:
     assert alone[3] is not None and alone[3][0] == "Diverged" and "try a lower pretrain.optimizer.lr" in alone[3][1]
     assert all(math.isfinite(r["train/loss"]) for r in shop.rows("diverged") if "train/loss" in r)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(shop: Workshop, alone: list[list[str] | None]) -> None:
+    assert alone[4] is not None and alone[4][0] == "Diverged" and "no longer finite at step 2, which is not saved" in alone[4][1]
+    assert Checkpoints(shop.directory("unseen")).steps() == []
+
+
+def test_starting_from_a_step_of_another_run(shop: Workshop, alone: list[list[str] | None]) -> None:
+    assert alone[5] is None and shop.rows("onward") == shop.rows("alone"), "all of its state, at that step"
+    assert alone[6] is None
+    (_, old), (card, new) = find_model(shop.directory("alone"), 3), find_model(shop.directory("finer"))
+    assert card.pixels == 16 and old["pos_embed"].shape[1] < new["pos_embed"].shape[1]
+    assert alone[7] is not None and alone[7][0] == "ConfigError" and "must lie in this config's storage" in alone[7][1]
 
 
 @pytest.fixture(scope="module")

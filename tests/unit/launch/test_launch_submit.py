@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from launch.submit import _load, main
+from pipeline.checkpoint import claim_run
+from pipeline.config import parse_config
+from pipeline.core.errors import ConfigError, ExitCode
+from pipeline.core.storage import Storage
+from pipeline.shards.manifest import Manifest
+from pipeline.stages import check_config, plan_config
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    for number in range(10):
+        file = tmp_path / "images" / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(file)
+    return {
+        "name": "run", "storage": str(tmp_path / "runs"), "cluster": "local",
+        "shard": {"source": {"url": str(tmp_path / "images")}, "splits": {"train": 0.8, "test": 0.2}},
+        "pretrain": {
+            "model": {"name": "vit", "width": 16, "depth": 1, "heads": 1, "patch": 4}, "image": {"pixels": 8},
+            "batch": 4, "micro_batch": 4, "duration": "20 steps", "precision": "fp32",
+        },
+    }  # fmt: skip
+
+
+def plan(values: dict[str, Any], folder: Path, *overrides: str) -> tuple[int, str]:
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(values))
+    ended = CliRunner().invoke(main, [str(file), "--plan", "--json", *overrides])
+    return ended.exit_code, ended.output
+
+
+def test_a_moved_run_goes_on_where_it_is(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = claim_run(parse_config(values))
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(run.directory.path, tmp_path / "elsewhere" / "run")
+    monkeypatch.chdir(tmp_path)
+    for url in ("elsewhere/run", "elsewhere/run/", str(tmp_path / "elsewhere/run"), f"file://{tmp_path}/elsewhere/run"):
+        config = _load(url, ["pretrain.save.keep=9"], True, None)
+        assert config.storage.url == str(tmp_path / "elsewhere") and config.pretrain is not None and config.pretrain.save.keep == 9
+        assert claim_run(config).id == run.id
+    assert not (tmp_path / "runs" / "run").exists()
+    shutil.move(tmp_path / "elsewhere" / "run", tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"^run other: the run here is named 'run', and its directory must be"):
+        _load("other", [], False, None)
+
+
+def test_a_run_is_found_at_the_endpoint_given(values: dict[str, Any], s3: tuple[str, Callable[[], str]], tmp_path: Path) -> None:
+    endpoint, make_bucket = s3
+    bucket = make_bucket()
+    storage = {"url": f"{bucket}/runs", "endpoint": endpoint}
+    claim_run(parse_config({**values, "storage": storage, "tracking": {"uri": "http://m"}}))
+    for override in (
+        f"storage.endpoint={endpoint}",
+        f"storage={{endpoint: '{endpoint}'}}",
+        f"storage={{url: s3://x, endpoint: '{endpoint}'}}",
+    ):
+        config = _load(f"{bucket}/runs/run", [override], False, None)
+        assert config.storage.model_dump() == storage
+
+
+def test_plan_looks_at_the_run_that_is_there(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out = plan(values, tmp_path)
+    assert code == 0 and json.loads(out)["pretrain"]["samples_are_estimated"]
+    claim_run(parse_config(values))
+    assert plan(values, tmp_path)[0] == 0
+    code, out = plan(values, tmp_path, "pretrain.batch=8")
+    assert code == ExitCode.PREFLIGHT and "differs in pretrain.batch; choose another name" in out
+    monkeypatch.setenv("TESSERA_OWNER", "bob")
+    assert plan(values, tmp_path)[0] == ExitCode.PREFLIGHT
+
+
+def test_plan_passes_over_another_dataset(values: dict[str, Any], tmp_path: Path, make_dataset: Callable[..., Manifest]) -> None:
+    make_dataset(Storage(str(tmp_path / "runs" / "run" / "shards")), {"old": 20})
+    found, estimated, _ = plan_config(parse_config(values))
+    assert found is not None and (found.samples_an_epoch, estimated) == (8, True)
+
+
+def test_gpus(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for cluster, workers in (({}, 8), ({"gpus": 4}, 4), ({"gpus": 0}, 2), ({"gpus": 0, "workers": 3}, 3)):
+        assert plan_config(parse_config({**values, "cluster": {"name": "local", **cluster}}))[2] == workers
+    check_config(parse_config({**values, "cluster": {"gpus": 8, "min_gpus": 2}}))
+    for cluster, gpus in (({"gpus": 1, "min_gpus": 2}, "1"), ({"min_gpus": 2}, "not given")):
+        with pytest.raises(ConfigError, match=rf"^cluster.min_gpus: 2 is the least of cluster.gpus, which is {gpus}$"):
+            check_config(parse_config({**values, "cluster": cluster}))
