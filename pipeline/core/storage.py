@@ -98,10 +98,6 @@ class Storage:
         with self._explained("read", key):
             return self.fs.cat_file(self._at(key))
 
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        with self._explained("read", key):
-            return self.fs.cat_file(self._at(key), start=start, end=start + length)
-
     def exists(self, key: str = "") -> bool:
         with self._explained("read", key):
             return bool(self.fs.exists(self._at(key)))

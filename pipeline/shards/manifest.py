@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -80,7 +80,6 @@ class Manifest:
     smallest: tuple[int, int] = (0, 0)  # least width and least height of any sample
     version: int = 1
     format: int = FORMAT
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:

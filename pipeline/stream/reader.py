@@ -34,7 +34,12 @@ class Sample:
     image: bytes
     label: int
     text: str
-    meta: dict[str, Any]
+    json: bytes
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the sample's json member holds: where it came from, and what its source said of it."""
+        return json.loads(self.json or b"{}")
 
 
 class _Shard:
@@ -64,7 +69,7 @@ class _Shard:
             start = at[f"{name}_offset"] - at["offset"]
             return data[start : start + at[f"{name}_length"]] if at[f"{name}_length"] >= 0 else b""
 
-        return Sample(at["key"], part("image"), at["cls"], part("txt").decode(), json.loads(part("json") or b"{}"))
+        return Sample(at["key"], part("image"), at["cls"], part("txt").decode(), part("json"))
 
 
 def _fetch(directory: Storage, record: ShardRecord) -> Path:
