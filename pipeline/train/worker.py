@@ -20,7 +20,7 @@ from pipeline.checkpoint import Checkpoints, ModelCard, Run, adapt_weights, clai
 from pipeline.checkpoint.model import split_url
 from pipeline.config import load_config
 from pipeline.config.schema import Pretrain
-from pipeline.core.errors import ConfigError, StorageError, TesseraError
+from pipeline.core.errors import CheckpointError, ConfigError, StorageError, TesseraError
 from pipeline.core.progress import Progress, say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -53,7 +53,8 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     held_out = open_dataset(run.dataset_url, p.validation.split, endpoint) if p.validation else None
     plan = make_plan(config, len(dataset), len(dataset.classes), world.size)
     checkpoints = Checkpoints(run.directory)
-    model = _start_model(run, dataset, checkpoints, tracker).to(world.device)
+    had_any = world.broadcast(bool(checkpoints.steps()))
+    model = _start_model(run, dataset, had_any, tracker).to(world.device)
     stream = open_stream(
         run.dataset_url, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loaders,
         seed=config.seed, split=p.split, image=p.image, endpoint=endpoint,
@@ -62,6 +63,10 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     commit, history = restore(engine, checkpoints, dataset.view, world)
     if commit is None and p.start and p.start.load == "all":
         commit, history = restore_from(engine, p.start.from_, config.storage, dataset.view, world)
+    if commit is None and had_any and p.start:  # the model holds neither our weights nor those it was to start from
+        raise CheckpointError(
+            f"checkpoints of {run.directory.url}: all are damaged and set aside; the same command again begins from {p.start.from_}"
+        )
     first = commit.step if commit else 0
     stream.consumed = commit.samples if commit else 0
     hooks = Recorder(run, dataset, engine, checkpoints, plan, history, world, tracker, first)
@@ -79,13 +84,13 @@ def _pretrain(run: Run) -> Pretrain:
     return run.config.pretrain
 
 
-def _start_model(run: Run, dataset: Dataset, checkpoints: Checkpoints, tracker: Tracker | None) -> VisionTransformer:
+def _start_model(run: Run, dataset: Dataset, has_own: bool, tracker: Tracker | None) -> VisionTransformer:
     """A new model, or one with another run's weights where `pretrain.start` says so and no checkpoint of ours follows."""
     p = _pretrain(run)
     if not dataset.classes:
         raise ConfigError(f"pretrain.objective: {p.objective.name!r} needs labels, and {run.dataset_url} has no classes")
     model = build_model(p.model.name, p.model.arguments, pixels=p.image.pixels, classes=len(dataset.classes), seed=run.config.seed)
-    if p.start and p.start.load == "weights" and not checkpoints.steps():
+    if p.start and p.start.load == "weights" and not has_own:
         url, step = split_url(p.start.from_)
         card, weights = find_model(Storage(url, run.config.storage.endpoint), step)
         model.load_state_dict(adapt_weights(card, weights, model, "pretrain.start.from"))

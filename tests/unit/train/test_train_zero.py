@@ -122,10 +122,12 @@ def alone(shop: Workshop) -> list[list[str] | None]:
 
 
 @pytest.fixture(scope="module")
-def pair(shop: Workshop) -> list[list[str] | None]:
+def pair(shop: Workshop, alone: object) -> list[list[str] | None]:
     """Two processes, every ZeRO stage."""
     return shop.train(
-        2, [shop.job(f"stage{n}", f"pretrain.zero.stage={n}") for n in range(4)] + [shop.job("pair16", "pretrain.precision=bf16")]
+        2,
+        [shop.job(f"stage{n}", f"pretrain.zero.stage={n}") for n in range(4)]
+        + [shop.job("pair16", "pretrain.precision=bf16"), shop.job("child", f"pretrain.start={shop.root}/runs/alone@3")],
     )
 
 
@@ -226,6 +228,8 @@ def resumed(shop: Workshop, alone: object, pair: object) -> list[list[str] | Non
         shutil.rmtree(shop.root / "runs" / new / "checkpoints" / "step-6")
         jobs.append(shop.job(new, override))
     _flip(next((shop.root / "runs" / "stage1" / "checkpoints" / "step-6").rglob("*optim_states.pt")))
+    for step in (3, 6):
+        _flip(next((shop.root / "runs" / "child" / "checkpoints" / f"step-{step}").rglob("mp_rank_00_model_states.pt")))
     start = f"pretrain.start={{from: {shop.root}/runs/"
     return shop.train(
         2,
@@ -234,6 +238,7 @@ def resumed(shop: Workshop, alone: object, pair: object) -> list[list[str] | Non
             shop.job("stage1", "pretrain.zero.stage=1"),  # its newest checkpoint is damaged now
             shop.job("alone"),  # of one rank
             shop.job("other-stage", "pretrain.zero.stage=2", f"{start}stage0, load: all}}"),
+            shop.job("child", f"pretrain.start={shop.root}/runs/alone@3"),  # both its checkpoints are damaged now
         ],
     )
 
@@ -268,6 +273,12 @@ def test_another_stage_is_refused(resumed: list[list[str] | None]) -> None:
     assert resumed[7] is not None and resumed[7][0] == "CheckpointError"
     assert resumed[7][1].startswith("pretrain.start.from: checkpoint ")
     assert "was saved at pretrain.zero.stage 0 and can only be resumed there, not at 2" in resumed[7][1]
+
+
+def test_a_child_without_a_sound_checkpoint_does_not_begin_from_nothing(shop: Workshop, resumed: list[list[str] | None]) -> None:
+    assert resumed[8] is not None and resumed[8][0] == "CheckpointError"
+    assert "all are damaged and set aside; the same command again begins from" in resumed[8][1]
+    assert Checkpoints(shop.directory("child")).steps() == []
 
 
 def test_nothing_was_compiled(shop: Workshop, alone: object, pair: object, three: object, resumed: object) -> None:
