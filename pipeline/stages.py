@@ -19,6 +19,7 @@ from pipeline.checkpoint import Checkpoints, Run, claim_run
 from pipeline.checkpoint.model import check_start
 from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
+from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
@@ -31,10 +32,10 @@ from pipeline.objectives import check_objective
 from pipeline.plan import Plan, make_plan
 from pipeline.report.page import write_report
 from pipeline.shards.job import find_made, make_dataset
-from pipeline.shards.manifest import Manifest
 from pipeline.shards.sources import check_source, open_source
-from pipeline.stream import open_dataset
-from pipeline.stream.loader import check_pixels
+from pipeline.stream import Collection, Tokenizer, open_collection
+from pipeline.stream.collection import Reading
+from pipeline.stream.reader import BLOCK
 from pipeline.train.job import count_workers, pretrain
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
@@ -81,7 +82,11 @@ def check_resources(config: Config, write: bool = True) -> None:
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
     if p and config.data:
-        check_pixels(open_dataset(config.data, p.split, config.storage.endpoint), p.image)
+        data = _open_data(config, config.data)
+        data.check_pixels(p.image)
+        data.check_cache(p.loader.cache)
+    if p and p.text:
+        Tokenizer.load(p.text.tokenizer, p.text.sha256, config.storage.endpoint)
     if p and p.start and not Checkpoints(run_directory(config)).steps():  # with checkpoints of its own a run needs no other
         check_start(p, config.storage.endpoint)
     if write:
@@ -96,19 +101,23 @@ def plan_config(config: Config) -> tuple[Plan | None, bool, int]:
     workers = config.cluster.workers or gpus or 2
     if p is None:
         return None, False, workers
-    manifest: Manifest | None
-    if config.shard:
-        manifest = find_made(config.shard, run_directory(config) / "shards")
-    else:
-        assert config.data is not None, "a config without a shard section has data"
-        manifest = open_dataset(config.data, p.split, config.storage.endpoint).manifest
-    if manifest:
-        samples, classes = manifest.splits[p.split], len(manifest.classes)
-    else:
-        assert config.shard is not None, "a dataset that is not there would have been refused"
+    if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         listing = open_source(config.shard.source).scan()
-        samples, classes = max(1, round(len(listing.items) * config.shard.splits[p.split])), len(listing.classes)
-    return make_plan(config, samples, classes, workers), manifest is None, workers
+        samples = max(1, round(len(listing.items) * config.shard.splits[p.split]))
+        mean = sum(item.bytes for item in listing.items) / max(1, len(listing.items))
+        return make_plan(config, samples, len(listing.classes), workers, Reading(mean, 1 if _is_local(config) else BLOCK)), True, workers
+    data = _open_data(config, config.data or [Data(url=(run_directory(config) / "shards").url)])
+    return make_plan(config, data.samples, len(data.classes), workers, data.reading), False, workers
+
+
+def _open_data(config: Config, data: list[Data]) -> Collection:
+    assert config.pretrain is not None, "data is read to train on it"
+    loader = config.pretrain.loader
+    return open_collection(data, config.pretrain.split, config.storage.endpoint, block=loader.block, cache=loader.cache)
+
+
+def _is_local(config: Config) -> bool:
+    return Storage(config.storage.url).is_local
 
 
 def run_stages(config: Config, *, command: str, fresh: bool = False) -> Outcome:
@@ -144,12 +153,12 @@ class _Stages:
         if self.config.shard:
             self._shard()
         if self.config.pretrain:
-            manifest = open_dataset(self.run.dataset_url, self.config.pretrain.split, self.config.storage.endpoint).manifest
-            self.tracker.tags({"dataset.hash": manifest.hash})
-            self.tracker.params({"dataset.hash": manifest.hash})
+            data = _open_data(self.config, self.run.data)
+            self.tracker.tags({"dataset.hash": data.hash})
+            self.tracker.params({"dataset.hash": data.hash})
             if self.config.evaluate:
                 find_tasks(self.config, self.run.dataset_url)  # what is wrong with a task is said before the training
-            self._pretrain(manifest)
+            self._pretrain(data)
         if self.config.evaluate:
             results = self._evaluate()
         with self._timed("report", "page"):
@@ -164,10 +173,10 @@ class _Stages:
             tracker.tags({"dataset.hash": manifest.hash})
             tracker.metrics(metrics)
 
-    def _pretrain(self, manifest: Manifest) -> None:
+    def _pretrain(self, data: Collection) -> None:
         p = self.config.pretrain
         assert p is not None, "called for a config that pre-trains"
-        plan = make_plan(self.config, manifest.splits[p.split], len(manifest.classes), count_workers(self.config.cluster))
+        plan = make_plan(self.config, data.samples, len(data.classes), count_workers(self.config.cluster), data.reading)
         last = Checkpoints(self.run.directory).newest_sound()
         if last is not None and last.step == plan.steps:
             say(f"pretrain     finished already, at step {plan.steps:,}")

@@ -22,8 +22,9 @@ from pipeline.core.errors import CheckpointError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 
-FORMAT = 1
+FORMAT = 2
 HISTORY = "history.jsonl"
+LOADER = "loader.json"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.config import Config, fingerprint
 from pipeline.config.load import parse_config, parse_yaml
+from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError, NoSuchRun
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -26,7 +27,9 @@ _FREE = (
     "pretrain.save",
     "pretrain.validate",
     "pretrain.log",
-    "pretrain.loaders",
+    "pretrain.loader.workers",
+    "pretrain.loader.bad",
+    "pretrain.loader.cache",
     "shard.workers",
 )
 
@@ -44,9 +47,14 @@ class Run:
     is_new: bool = True
 
     @property
+    def data(self) -> list[Data]:
+        """The datasets of this run: its own shards, or what the config names."""
+        return self.config.data or [Data(url=f"{self.directory.url}/shards")]
+
+    @property
     def dataset_url(self) -> str:
-        """The dataset of this run: its own shards, or the one the config names."""
-        return self.config.data or f"{self.directory.url}/shards"
+        """The dataset of this run; the first one of several."""
+        return self.data[0].url
 
     @property
     def tracking_uri(self) -> str:

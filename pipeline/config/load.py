@@ -57,11 +57,31 @@ def parse_config(values: dict[str, Any], overrides: list[str] | None = None) -> 
 
 
 # Where a config may name a local path; relative ones resolve against the working directory.
-_PATHS = ("storage", "storage.url", "data", "shard.source.url", "pretrain.start", "pretrain.start.from", "evaluate.suites.data")
+_PATHS = (
+    "storage",
+    "storage.url",
+    "data",
+    "data.url",
+    "data.deny",
+    "shard.source.url",
+    "pretrain.start",
+    "pretrain.start.from",
+    "pretrain.text",
+    "pretrain.text.tokenizer",
+    "pretrain.loader.cache",
+    "pretrain.loader.cache.path",
+    "evaluate.suites.data",
+)
 _URLS = (*_PATHS, "storage.endpoint", "tracking.uri", "cluster.address")
 
 # What a plain word stands for, where it is not the name.
-_PLAIN_KEYS = {"storage": "url", "pretrain.start": "from"}
+_PLAIN_KEYS = {
+    "storage": "url",
+    "data": "url",
+    "pretrain.start": "from",
+    "pretrain.text": "tokenizer",
+    "pretrain.loader.cache": "path",
+}
 
 
 def _make_paths_absolute(values: dict[str, Any]) -> None:
@@ -81,8 +101,8 @@ def _refuse_passwords(values: dict[str, Any]) -> None:
             )
 
 
-def _texts(values: Any, dotted: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each section that holds a text at the end of `dotted`, and the key; a list on the way stands for all its items."""
+def _texts(values: Any, dotted: str) -> Iterator[tuple[Any, Any]]:
+    """Each section or list that holds a text at the end of `dotted`, and its key there; a list on the way stands for all its items."""
     key, _, rest = dotted.partition(".")
     for node in values if isinstance(values, list) else [values]:
         below = node.get(key) if isinstance(node, dict) else None
@@ -90,6 +110,8 @@ def _texts(values: Any, dotted: str) -> Iterator[tuple[dict[str, Any], str]]:
             yield from _texts(below, rest)
         elif isinstance(below, str):
             yield node, key
+        elif isinstance(below, list):
+            yield from ((below, i) for i, item in enumerate(below) if isinstance(item, str))
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:

@@ -179,14 +179,28 @@ class Objective(Section):
         return dict(self.model_extra or {})
 
 
+class RandAugment(Section):
+    """arXiv 1909.13719: `ops` random operations an image, of a strength around `magnitude` (0 to 10)."""
+
+    ops: Count = 2
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9
+    deviation: Annotated[float, Field(ge=0)] = Field(0.5, description="standard deviation of the magnitude, as DeiT has it")
+
+
 class Image(Section):
-    """From a sample's image to the model's input."""
+    """From a sample's image to the model's input; what is 0 or null is off."""
 
     pixels: Count = 224
     crop: Literal["random-resized", "random-square", "none"] = "random-resized"
     scale: tuple[Part, Part] = Field((0.08, 1.0), description="area kept by random-resized, as fractions")
     ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="aspect ratios of random-resized")
     flip: Flag = True
+    color_jitter: Annotated[float, Field(ge=0, le=1)] = Field(0, description="brightness, contrast and saturation within 1 +- this")
+    rand_augment: RandAugment | None = None
+    erase: Fraction = Field(0, description="probability of random erasing, with noise")
+    mixup: Annotated[float, Field(ge=0)] = Field(0, description="alpha of mixup's Beta distribution")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0, description="alpha of CutMix's; with mixup too, one of them by the toss of a coin")
+    repeats: Count = Field(1, description="repeated augmentation: views of a sample in a row, and in an epoch")
     enlarge: Flag = Field(False, description="accept images smaller than `pixels`")
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
@@ -197,6 +211,32 @@ class Image(Section):
         if ends[0] > ends[1]:
             raise ValueError("must give the smaller number first")
         return ends
+
+
+class Text(Section):
+    """From a sample's caption to tokens."""
+
+    _plain_key: str = "tokenizer"
+    tokenizer: str = Field(description="a tokenizer.json that `python -m pipeline.stream.text` made, or OpenAI's vocabulary (.txt.gz)")
+    sha256: str | None = Field(None, description="of that file; what differs is refused")
+    length: Annotated[int, Field(ge=3)] = Field(77, description="tokens a caption, the first and last marks included")
+
+
+class Cache(Section):
+    """Where a machine keeps what it fetched of remote datasets; all its processes share it."""
+
+    _plain_key: str = "path"
+    path: str | None = Field(None, description="default: tessera-cache-<user> in the temporary directory")
+    size: Bytes = 20 * 2**30
+
+
+class Loader(Section):
+    """How samples are read. Only `block` changes what a batch holds."""
+
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="decoding threads of a rank; 0 decodes in line")
+    block: Count | None = Field(None, description="neighbouring samples read together; default: 1 on local disks, else 64")
+    bad: Fraction = Field(0.01, description="the run stops where a larger fraction of samples had to be replaced")
+    cache: Cache = Cache()
 
 
 class Start(Section):
@@ -240,6 +280,7 @@ class Pretrain(Section):
     model: ModelSection
     objective: Objective = Objective(name="classify")
     image: Image = Image()
+    text: Text | None = None
     start: Start | None = None
     batch: Count = Field(256, description="global, in samples")
     micro_batch: Count = Field(64, description="one forward pass of one rank, in samples")
@@ -252,7 +293,7 @@ class Pretrain(Section):
     # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
     validation: Validate | None = Field(None, alias="validate")
     log: Span = Field(units.Duration(10, "step"), description="how often metrics are recorded")
-    loaders: Annotated[int, Field(ge=0)] = Field(1, description="decoding threads of a rank; 0 decodes in line")
+    loader: Loader = Loader()
     split: str = "train"
 
     @model_validator(mode="after")
@@ -290,6 +331,34 @@ class Evaluate(Section):
     fine_tune: FineTune = FineTune()
 
 
+class Bound(Section):
+    """A number from `min` to `max`, both included."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> Bound:
+        if self.min is None and self.max is None:
+            raise ValueError("min: is missing, and max too; a bound needs one of them")
+        return self
+
+
+class Data(Section):
+    """A dataset, or what is left of it: shards are never rewritten, samples are left out as they are read."""
+
+    _plain_key: str = "url"
+    url: str = Field(description="URL, or URL@version")
+    deny: list[str] = Field([], description="lists of keys to leave out: a text file, a line a key, or Parquet with a column `key`")
+    where: dict[str, Bound] = Field({}, description="bounds by column of the index; a sample without the value is left out")
+    weight: Positive | None = Field(None, description="share in a mixture, relative to the others; default: the number of samples")
+
+
+def _or_one_item(schema: dict[str, Any]) -> None:
+    """In a JSON schema: what may be a list may be one of its items instead."""
+    schema["anyOf"].insert(0, dict(schema["anyOf"][0]["items"]))
+
+
 _KEPT_NAMES = ("data", "mlartifacts", "mlflow.db")
 
 
@@ -299,10 +368,28 @@ class Config(Section):
     storage: StorageSection
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()
-    data: str | None = Field(None, description="a dataset's URL, or URL@version")
+    data: list[Data] | None = Field(
+        None,
+        description="a dataset's URL, or URL@version; or several, to be mixed by weight",
+        json_schema_extra=_or_one_item,
+    )
     shard: Shard | None = None
     pretrain: Pretrain | None = None
     evaluate: Evaluate | None = None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, data: Any) -> Any:
+        return [data] if isinstance(data, str | dict) else data
+
+    @field_validator("data")
+    @classmethod
+    def _all_weigh_or_none(cls, data: list[Data] | None) -> list[Data] | None:
+        if data is not None and not data:
+            raise ValueError("names no dataset")
+        if data and len({d.weight is None for d in data}) > 1:
+            raise ValueError("weight: is given for some of the datasets only; give it for all or for none")
+        return data
 
     @field_validator("name")
     @classmethod

@@ -27,7 +27,12 @@ from pipeline.core.errors import CredentialsError, StorageError
 
 _S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 2, "mode": "standard"}},
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 20,
+        "max_pool_connections": 32,
+        "retries": {"total_max_attempts": 2, "mode": "standard"},
+    },
 }
 _DENIED = (
     "AccessDenied",
@@ -97,6 +102,16 @@ class Storage:
         """Raises FileNotFoundError where there is no such object."""
         with self._explained("read", key):
             return self.fs.cat_file(self._at(key))
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Bytes `start` up to `end`, fewer where the object is shorter. Raises FileNotFoundError where there is no such object."""
+        with self._explained("read", key):
+            try:
+                return self.fs.cat_file(self._at(key), start=start, end=end)
+            except OSError as e:
+                if "InvalidRange" in f"{e} {e.__cause__}" or "Range Not Satisfiable" in str(e):
+                    return b""  # it ends before `start`
+                raise
 
     def exists(self, key: str = "") -> bool:
         with self._explained("read", key):

@@ -16,8 +16,8 @@ from pipeline.core.errors import CheckpointError
 from pipeline.models import build_model
 from pipeline.models.vit import VisionTransformer
 from pipeline.stream import Dataset
+from pipeline.stream.batches import evaluation_batches
 from pipeline.stream.decode import normalize
-from pipeline.stream.loader import evaluation_batches
 
 BATCH = 64
 

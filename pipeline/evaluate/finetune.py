@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,9 @@ from pipeline.models import build_model
 from pipeline.models.vit import VisionTransformer
 from pipeline.stream import Dataset, Stream
 from pipeline.stream.decode import normalize
+from pipeline.stream.ledger import Ledger
+from pipeline.stream.mixing import mixed
+from pipeline.stream.mixture import Mixture
 from pipeline.stream.order import Order
 from pipeline.train.schedule import factor
 
@@ -70,18 +73,15 @@ class Outcome:
         return self.correct / self.n
 
 
-@dataclass(frozen=True, eq=False)
 class Part(Order):
     """The order of some samples of a dataset: a permutation of `numbers` an epoch."""
 
-    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    def __init__(self, dataset: Dataset, numbers: np.ndarray, seed: int) -> None:
+        super().__init__(np.array([len(numbers)]), dataset.view, seed)
+        self.numbers = numbers
 
-    @staticmethod
-    def of(dataset: Dataset, numbers: np.ndarray, seed: int) -> Part:
-        return Part(len(numbers), dataset.view, seed, numbers=numbers)
-
-    def samples(self, start: int, count: int) -> np.ndarray:
-        return self.numbers[super().samples(start, count)]
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        return self.numbers[super().at(positions)]
 
 
 def sweep_lr(card: ModelCard, state: dict[str, torch.Tensor], task: Task, settings: Settings, lr: float, seed: int) -> Outcome:
@@ -156,15 +156,14 @@ def _train_and_score(
     start = time.perf_counter()
     model = prepare(card, state, settings.image.pixels, len(task.classes))
     stream = Stream(
-        train,
-        Part.of(train, learn, seed),
+        [train],
+        Mixture([Part(train, learn, seed)], [1.0], settings.image.repeats),
         settings.image,
+        seed=seed,
         global_batch=settings.batch,
         micro_batch=pass_size(settings.batch, settings.limit),
-        rank=0,
-        world_size=1,
         workers=1,
-        consumed=0,
+        ledger=Ledger(limit=0.0),  # a score is of a model that saw all of them
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)  # dropout
@@ -186,7 +185,7 @@ def _train(model: VisionTransformer, card: ModelCard, stream: Stream, settings: 
             total = torch.zeros((), device=where)
             for _ in range(stream.rounds):
                 piece = next(pieces)
-                images = normalize(piece.images.to(where), card.mean, card.std)
+                images = mixed(normalize(piece.images.to(where), card.mean, card.std), piece.mix)
                 with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), piece.labels.to(where)) / stream.rounds

@@ -107,7 +107,9 @@ def _check_suite(config: Config, suite: Suite, where: str) -> None:
     if _is_own(suite) and config.shard is not None:
         _check_splits(suite, list(config.shard.splits), where)
         return
-    url = str(config.data if _is_own(suite) else suite.data)
+    if _is_own(suite) and config.data and len(config.data) > 1:
+        raise ConfigError(f"{where}.data: is missing; the run is trained on {len(config.data)} datasets, so name the one to evaluate on")
+    url = config.data[0].url if _is_own(suite) and config.data else str(suite.data)
     manifest = look_up(url, config.storage.endpoint)
     if manifest is not None:
         _check_manifest(manifest, suite, url, where)

@@ -28,6 +28,7 @@ def describe(config: Config, plan: Plan | None, estimated: bool, workers: int) -
             "rounds_a_step": -(-(p.batch // p.micro_batch) // workers),
             "memory_a_worker": plan.memory.total,
             "training_flops": plan.flops_a_sample * plan.samples,
+            "requests_a_1000_samples": plan.reading.requests if plan.reading else None,
         }
     return facts
 
@@ -46,4 +47,10 @@ def as_text(facts: dict[str, Any], config: str) -> str:
             f"memory       {format_bytes(p['memory_a_worker'])} a worker: "
             + ", ".join(f"{name} {format_bytes(memory[name])}" for name in ("parameters", "gradients", "optimizer", "activations")),
         ]
+        if reading := p["reading"]:
+            size, requests = reading["sample_bytes"], p["requests_a_1000_samples"]
+            lines.append(
+                f"store        {about}{format_bytes(size)} a sample, {about}{format_bytes(size * p['samples_an_epoch'])} an epoch; "
+                f"every 1,000 samples/s ask for {format_bytes(1000 * size)}/s in {requests:,.0f} requests/s"
+            )
     return "\n".join([*lines, "nothing was started"])

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.config.schema import Pretrain
 from pipeline.models import build_model
 from pipeline.models.vit import VisionTransformer
+from pipeline.stream.collection import Reading
 
 _BACKWARD = 3  # a training step costs three forward passes: one forward, and a backward of twice that
 
@@ -44,10 +45,11 @@ class Plan:
     parameters: int
     flops_a_sample: float
     memory: Memory
+    reading: Reading | None = None
 
 
-def make_plan(config: Config, samples_an_epoch: int, classes: int, workers: int) -> Plan:
-    """The plan of `config.pretrain` for a training split of `samples_an_epoch` samples."""
+def make_plan(config: Config, samples_an_epoch: int, classes: int, workers: int, reading: Reading | None = None) -> Plan:
+    """The plan of `config.pretrain` for a training split of `samples_an_epoch` samples; `reading` is what these ask of the store."""
     p = config.pretrain
     assert p is not None, "only pre-training is planned"
     steps = p.duration.steps(p.batch, samples_an_epoch)
@@ -64,6 +66,7 @@ def make_plan(config: Config, samples_an_epoch: int, classes: int, workers: int)
         parameters=parameters,
         flops_a_sample=_BACKWARD * model.flops(),
         memory=_memory(p, model, parameters, workers),
+        reading=reading,
     )
 
 

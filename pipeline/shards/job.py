@@ -1,4 +1,4 @@
-"""Stage 1 on Ray: one task a shard, a manifest at the end. The only file of this room that imports ray.
+"""Stage 1 on Ray: one task a shard, a manifest at the end.
 
 Whatever the number of workers, the result is the same to the last byte: what goes into which shard is planned before
 anything starts, and nothing of the machine, the time or the order of arrival is written down.
@@ -12,23 +12,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import ray
-from ray.exceptions import RayError, RayTaskError
-
 from pipeline.config import Config, fingerprint
 from pipeline.config.schema import Shard, ShardImages
 from pipeline.core import progress
-from pipeline.core.errors import DataError, InfrastructureError, find_error
+from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
 from pipeline.shards.images import Dropped
 from pipeline.shards.layout import PlannedShard, plan_shards
-from pipeline.shards.manifest import Manifest, ShardRecord, dataset_hash, find_manifest, publish
+from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
 from pipeline.shards.samples import Sample, printable, read_samples
 from pipeline.shards.sources import FolderSource, Listing, open_source
+from pipeline.shards.tasks import run_tasks
 from pipeline.shards.writer import WrittenShard, write_shard
-
-NAMED = 1000  # dropped samples that the manifest names; all of them are counted
-_POLL = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -97,33 +92,12 @@ def write_planned(planned: PlannedShard, source: FolderSource, images: ShardImag
 
 
 def _write_all(shard: Shard, source: FolderSource, listing: Listing, planned: list[PlannedShard], directory: Storage) -> list[ShardResult]:
-    """Results in no particular order; at most `workers` tasks at a time, the others wait here."""
-    # A machine that dies is retried elsewhere; what our own code raises would be raised again.
-    task = ray.remote(num_cpus=1, max_retries=3)(write_planned)
-    workers = shard.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    images, classes = ray.put(shard.images), ray.put(listing.classes)
-    waiting, results = planned[::-1], list[ShardResult]()
-    running: dict[ray.ObjectRef, int] = {}  # and the images in each
-    with progress.Progress("shard", len(listing.items), "images") as shown:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    one = waiting.pop()
-                    running[task.remote(one, source, images, classes, directory)] = len(one.samples)
-                for reference in ray.wait(list(running), timeout=_POLL)[0]:
-                    results.append(ray.get(reference))
-                    dropped = sum(sum(r.dropped.values()) for r in results)
-                    shown.update(running.pop(reference), f"{dropped:,} dropped")
-                shown.update(0)
-        except RayError as e:
-            if (ours := find_error(e)) is not None:
-                raise ours from e
-            if isinstance(e, RayTaskError):
-                raise
-            raise InfrastructureError(f"shard: a task was lost and its retries too ({e})") from e
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+    """Results in no particular order."""
+    jobs, shared = [(len(p.samples), (p,)) for p in planned], (source, shard.images, listing.classes, directory)
+    results, dropped = list[ShardResult](), Counter[str]()
+    for result in run_tasks("shard", "images", write_planned, jobs, shared, shard.workers, lambda: f"{dropped.total():,} dropped"):
+        results.append(result)
+        dropped.update(result.dropped)
     return results
 
 

@@ -2,12 +2,13 @@
 
 <split>-00000.tar ..            samples in WebDataset form: key.png, key.txt, key.cls, key.json
 <split>-00000.index.parquet ..  one row a sample of that shard, in order (`INDEX_SCHEMA`)
-shards.parquet                  one row a shard (`SHARDS_SCHEMA`)
+shards.parquet                  one row a shard (`table.py`)
 manifest.json                   totals and fingerprints; published last: without it there is no dataset
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass
@@ -16,14 +17,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import fingerprint
+from pipeline.config.fingerprint import canonical
 from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
+from pipeline.shards import table
+from pipeline.shards.table import SHARDS_SCHEMA as SHARDS_SCHEMA
+from pipeline.shards.table import ShardRecord, ShardTable
 
 FORMAT = 1
+NAMED = 1000  # dropped samples that a manifest names; all of them are counted
 
 # Offsets and lengths are of a member's data, in bytes from the start of the tar; a missing member has length -1.
 # A whole sample, headers included, is `length` bytes at `offset`; crc32 is of those bytes, sha256 (hex) of the image's.
+# An index may have further columns behind these, such as scores.
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -42,24 +48,6 @@ INDEX_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-SHARDS_SCHEMA = pa.schema(
-    [("name", pa.string()), ("split", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())]
-)
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One row of the table of shards; `sha256` is of the whole tar."""
-
-    name: str
-    split: str
-    samples: int
-    bytes: int
-    sha256: str
-
-    @property
-    def index_name(self) -> str:
-        return self.name.removesuffix(".tar") + ".index.parquet"
 
 
 @dataclass(frozen=True)
@@ -89,13 +77,19 @@ def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     return sink.getvalue()
 
 
-def dataset_hash(shards: list[ShardRecord]) -> str:
-    return fingerprint([asdict(s) for s in sorted(shards, key=lambda s: s.name)])
+def dataset_hash(shards: list[ShardRecord] | ShardTable) -> str:
+    """The fingerprint of all rows by name, worked out row by row: a million of them need not be in memory as JSON."""
+    rows = shards if isinstance(shards, ShardTable) else sorted(shards, key=lambda s: s.name)
+    digest = hashlib.sha256(b"[")
+    for number, shard in enumerate(rows):
+        digest.update((b"," if number else b"") + canonical(shard.row()))
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def publish(directory: Storage, shards: list[ShardRecord], manifest: Manifest) -> None:
     """Write the table of shards, then the manifest, which makes the dataset visible."""
-    directory.write("shards.parquet", table_bytes([asdict(s) for s in shards], SHARDS_SCHEMA))
+    directory.write(table.FILE, table.encode_table(shards))
     directory.write("manifest.json", (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -114,7 +108,10 @@ def find_manifest(directory: Storage) -> Manifest | None:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         given = values.get("format") if isinstance(values, dict) else values
         raise DataError(f"data {directory.url}/manifest.json: its format is {given!r}, this version reads format {FORMAT}")
-    return Manifest(**{**values, "smallest": tuple(values["smallest"])})
+    try:
+        return Manifest(**{**values, "smallest": tuple(values["smallest"])})
+    except (KeyError, TypeError) as e:
+        raise DataError(f"data {directory.url}/manifest.json: this is no manifest of format {FORMAT} ({e})") from e
 
 
 def read_manifest(directory: Storage) -> Manifest:
@@ -133,13 +130,5 @@ def read_part(directory: Storage, name: str) -> bytes:
 
 
 def read_shards(directory: Storage, split: str) -> list[ShardRecord]:
-    """The shards of one split, by name.
-
-    Raises:
-        DataError: there is no such split, or no table of shards.
-    """
-    rows = pq.read_table(io.BytesIO(read_part(directory, "shards.parquet"))).to_pylist()
-    shards = sorted((ShardRecord(**row) for row in rows if row["split"] == split), key=lambda s: s.name)
-    if not shards:
-        raise DataError(f"data {directory.url}: there is no split {split!r} (allowed: {', '.join(sorted({r['split'] for r in rows}))})")
-    return shards
+    """The shards of one split, by name, all in memory. Raises as `ShardTable` does."""
+    return list(ShardTable(directory, split))

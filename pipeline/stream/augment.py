@@ -1,48 +1,100 @@
-"""The view of an image that training uses; its randomness is keyed by (seed, epoch, sample), so by nothing else."""
+"""The view of an image that training uses; its randomness is keyed, so it depends on nothing else.
+
+In DeiT's order (arXiv 2012.12877, table 9; timm): crop, flip, RandAugment, colour jitter, random erasing.
+Shapes: P model input; pixels are uint8 RGB.
+"""
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image as Picture
 
 from pipeline.config.schema import Image
-from pipeline.stream.decode import evaluation_view, resize
+from pipeline.stream.decode import decode_box, evaluation_view_of, resize_into, size_of
+from pipeline.stream.randaugment import color_jitter, rand_augment
+from pipeline.stream.random import Random
+
+_ERASED_AREA = (0.02, 1 / 3)  # DeiT's, of the view
+_ERASED_RATIO = 0.3
+_ATTEMPTS = 10  # draws of a box that fits
+_SERIAL = 2**15 - 1  # values that torch handles without further threads
 
 
-def generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, (epoch << 40) ^ sample], dtype=np.uint64)))
+def training_view(data: bytes, how: Image, random: Random, out: torch.Tensor) -> None:
+    """Image bytes to `out`, uint8 (P, P, 3), contiguous: one row of a batch. Raises ValueError for what cannot be decoded."""
+    if how.crop == "none":
+        evaluation_view_of(data, how.pixels, out)
+    else:
+        height, width = size_of(data)
+        box = _resized_crop(height, width, how, random) if how.crop == "random-resized" else _square_crop(height, width, random)
+        resize_into(torch.from_numpy(decode_box(data, box, how.pixels)), out)
+    if how.flip and random.uniform() < 0.5:
+        _flip(out)
+    if how.rand_augment or how.color_jitter:
+        picture = before = Picture.fromarray(out.numpy())
+        if how.rand_augment:
+            picture = rand_augment(picture, how.rand_augment, how.mean, random)
+        if how.color_jitter:
+            picture = color_jitter(picture, how.color_jitter, random)
+        if picture is not before:
+            out.numpy()[:] = np.asarray(picture)
+    if how.erase and random.uniform() < how.erase:
+        _erase(out, how, random)
 
 
-def training_view(image: torch.Tensor, how: Image, random: np.random.Generator) -> torch.Tensor:
-    """uint8 (H, W, 3) to (P, P, 3), cropped and flipped as the config says."""
-    match how.crop:
-        case "random-resized":
-            top, left, height, width = _resized_crop(image.shape[0], image.shape[1], how, random)
-            image = resize(image[top : top + height, left : left + width], how.pixels, how.pixels)
-        case "random-square":
-            image = _square_crop(image, how.pixels, random)
-        case _:
-            image = evaluation_view(image, how.pixels)
-    return image.flip(1) if how.flip and random.random() < 0.5 else image
-
-
-def _resized_crop(height: int, width: int, how: Image, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Inception's crop (Szegedy et al. 2015): a random share of the area at a random aspect ratio; top, left, h, w."""
-    for _ in range(10):
+def _resized_crop(height: int, width: int, how: Image, random: Random) -> tuple[int, int, int, int]:
+    """Inception's crop (arXiv 1409.4842, section 6): a random share of the area at a random aspect ratio; top, left, h, w."""
+    for _ in range(_ATTEMPTS):
         area = height * width * random.uniform(*how.scale)
         ratio = math.exp(random.uniform(math.log(how.ratio[0]), math.log(how.ratio[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+            return random.integer(height - h + 1), random.integer(width - w + 1), h, w
     w, h = min(width, round(height * how.ratio[1])), min(height, round(width / how.ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _square_crop(image: torch.Tensor, pixels: int, random: np.random.Generator) -> torch.Tensor:
-    """CLIP, section 2.5: a random square crop from the image resized to have its shorter side at P."""
-    height, width = image.shape[:2]
+def _square_crop(height: int, width: int, random: Random) -> tuple[int, int, int, int]:
+    """CLIP (arXiv 2103.00020, section 2.5): a random square as large as the shorter side; top, left, h, w."""
     side = min(height, width)
-    top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
-    return resize(image[top : top + side, left : left + side], pixels, pixels)
+    return random.integer(height - side + 1), random.integer(width - side + 1), side, side
+
+
+def _flip(view: torch.Tensor) -> None:
+    """Left to right. Where torch may use threads, in pieces too small for them: on busy cores they cost more than the view."""
+    rows = len(view) if torch.get_num_threads() == 1 else max(1, _SERIAL // view[0].numel())
+    for piece in view.split(rows):
+        piece.copy_(piece.flip(1))
+
+
+def _erase(view: torch.Tensor, how: Image, random: Random) -> None:
+    """Random erasing (arXiv 1708.04896, algorithm 1) with normal noise a pixel, as DeiT: `how.mean` and `how.std`."""
+    size = view.shape[0]
+    for _ in range(_ATTEMPTS):
+        area = size * size * random.uniform(*_ERASED_AREA)
+        ratio = math.exp(random.uniform(math.log(_ERASED_RATIO), -math.log(_ERASED_RATIO)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < size and 0 < w < size:
+            top, left = random.integer(size - h + 1), random.integer(size - w + 1)
+            view.numpy()[top : top + h, left : left + w] = _noise(h * w, how, random).reshape(h, w, 3)
+            return
+
+
+def _noise(count: int, how: Image, random: Random) -> np.ndarray:
+    """uint8 (count, 3): round(255 N(mean, std)), clipped, drawn by inverting its distribution on 16 bits a value."""
+    bits = (random.uniforms(count) * 2.0**48).astype("<u8").view("<u2").reshape(count, 4)
+    noise = np.empty((count, 3), dtype=np.uint8)
+    for channel, (mean, std) in enumerate(zip(how.mean, how.std, strict=True)):
+        np.take(_levels(mean, std), bits[:, channel], out=noise[:, channel], mode="clip")
+    return noise
+
+
+@lru_cache(maxsize=16)
+def _levels(mean: float, std: float) -> np.ndarray:
+    """uint8 (65536,): the level at each quantile of round(255 N(mean, std)), clipped."""
+    ends = [0.5 * (1 + math.erf((level + 0.5 - 255 * mean) / (255 * std * math.sqrt(2)))) for level in range(255)]
+    return np.searchsorted(ends, (np.arange(65536) + 0.5) / 65536).astype(np.uint8)

@@ -1,6 +1,8 @@
 """Image bytes to pixels, and the view of an image that evaluation uses.
 
-Shapes: H height, W width, P model input; pixels are uint8 RGB, (H, W, 3), until `normalize` on the device.
+Shapes: H height, W width, P model input; pixels are uint8 RGB, (H, W, 3), until `normalize` on the device. All of it may
+run in several threads at once: decoding and resizing release the interpreter's lock, and nothing before `normalize` starts
+threads of its own (copies are numpy's, as torch's would).
 """
 
 from __future__ import annotations
@@ -11,28 +13,69 @@ from collections.abc import Sequence
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from PIL import Image
+
+_BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files, beside ValueError
+_OTHERS = ("PNG", "WEBP")  # what shards hold beside JPEG
+_JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # frame headers, SOF: baseline, extended, progressive
+_BELOW = 8  # rows of pixels, more than colour is ever interpolated from
 
 
 def decode(data: bytes) -> torch.Tensor:
     """JPEG, PNG or WebP bytes to uint8 (H, W, 3). Raises ValueError for bytes that are none of these."""
-    if data[:2] == b"\xff\xd8":
+    if data[:2] == _JPEG:
         return torch.from_numpy(simplejpeg.decode_jpeg(data, colorspace="RGB"))
+    return torch.from_numpy(_decode_other(data))
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(H, W) by the header alone. Raises ValueError."""
+    if data[:2] == _JPEG:
+        at = _frame(data)
+        return data[at] << 8 | data[at + 1], data[at + 2] << 8 | data[at + 3]
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except OSError as e:
+        with Image.open(io.BytesIO(data), formats=_OTHERS) as image:
+            return image.height, image.width
+    except _BROKEN as e:
         raise ValueError(f"not a readable image ({e})") from e
+
+
+def decode_box(data: bytes, box: tuple[int, int, int, int], least: int) -> np.ndarray:
+    """The part `box` (top, left, height, width; in pixels of the whole image) as uint8 (h, w, 3), contiguous.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part then still has `least` pixels a side; the part's edges are
+    rounded to whole pixels of that size. And only down to the part's last row. Raises ValueError.
+    """
+    top, left, height, width = box
+    if data[:2] != _JPEG:
+        return np.ascontiguousarray(_decode_other(data)[top : top + height, left : left + width])
+    # libjpeg-turbo has vector code for these factors alone; at others it is slower than at full size.
+    factor = next((f for f in (8, 4, 2) if min(height, width) >= f * least), 1)
+    half = factor // 2
+    bottom, right = (top + height + half) // factor, (left + width + half) // factor
+    top, left = (top + half) // factor, (left + half) // factor
+    return np.ascontiguousarray(_decode_rows(data, bottom, factor)[top:bottom, left:right])
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(H, W, 3) to (height, width, 3), uint8, bicubic and antialiased (Pillow's filter)."""
     if image.shape[:2] == (height, width):
         return image
-    channels_first = image.permute(2, 0, 1).unsqueeze(0)
-    out = F.interpolate(channels_first, size=(height, width), mode="bicubic", antialias=True)
-    return out[0].permute(1, 2, 0)
+    out = torch.empty(height, width, 3, dtype=torch.uint8)
+    resize_into(image, out)
+    return out
+
+
+def resize_into(image: torch.Tensor, out: torch.Tensor) -> None:
+    """`resize` to the size of `out` (h, w, 3), which is filled."""
+    if image.shape == out.shape:
+        out.numpy()[:] = image.numpy()
+        return
+    # What F.interpolate calls. Written where it belongs, in the order it has there, it takes half the time.
+    torch.ops.aten._upsample_bicubic2d_aa.out(
+        image.permute(2, 0, 1).unsqueeze(0), out.shape[:2], False, None, None, out=out.permute(2, 0, 1).unsqueeze(0)
+    )
 
 
 def evaluation_view(image: torch.Tensor, pixels: int) -> torch.Tensor:
@@ -44,8 +87,58 @@ def evaluation_view(image: torch.Tensor, pixels: int) -> torch.Tensor:
     return image[top : top + pixels, left : left + pixels]
 
 
+def evaluation_view_of(data: bytes, pixels: int, out: torch.Tensor) -> None:
+    """`evaluation_view` of image bytes into `out` (P, P, 3), decoded at full size, as Pillow would. Raises ValueError."""
+    image = decode(data)
+    if image.shape[0] == image.shape[1]:
+        resize_into(image, out)
+    else:
+        out.numpy()[:] = evaluation_view(image, pixels).numpy()
+
+
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """uint8 (B, H, W, 3) to `dtype` (B, 3, H, W), (x / 255 - mean) / std, on the device of `images`."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
     return (images * scale + shift).permute(0, 3, 1, 2).to(dtype)
+
+
+def _decode_other(data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=_OTHERS) as image:
+            return np.array(image.convert("RGB"))
+    except _BROKEN as e:
+        raise ValueError(f"not a readable image ({e})") from e
+
+
+def _decode_rows(data: bytes, rows: int, factor: int) -> np.ndarray:
+    """The JPEG at 1 / `factor` of its size, at least its first `rows` rows of that size: (h, ceil(W / factor), 3).
+
+    No library here decodes a part, but a frame header that names a smaller height makes libjpeg stop there. What comes after
+    is a warning, so warnings are let pass: the caller has compared the bytes with their checksum, and a file that was cut
+    off lacks its end mark.
+    """
+    at = _frame(data)
+    height, width = data[at] << 8 | data[at + 1], data[at + 2] << 8 | data[at + 3]
+    enough = rows * factor + _BELOW
+    cut = enough < height and data.endswith(_JPEG_END)
+    if cut:
+        data, height = data[:at] + enough.to_bytes(2, "big") + data[at + 2 :], enough
+    least = {} if factor == 1 else {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=not cut, **least)
+
+
+def _frame(data: bytes) -> int:
+    """Where a JPEG's frame header holds its height and width, two bytes each (ITU-T T.81, B.2.2)."""
+    at, end = 2, len(data) - 9
+    while at < end and data[at] == 0xFF:
+        kind = data[at + 1]
+        if kind in _FRAMES:
+            return at + 5
+        if kind == 0xFF:  # padding
+            at += 1
+        elif kind == 0xDA:  # the pixels begin
+            break
+        else:
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+    raise ValueError("no frame header of a JPEG that can be read")

@@ -1,71 +1,70 @@
 """Micro-batches in order, for one rank of any number (contracts "Batch" and "Loader state").
 
-A global batch of B samples is cut into n = B / micro_batch micro-batches, by order alone. Rank r of w takes those at
-r, r + w, r + 2w, ..; each rank makes k = ceil(n / w) of them a step, and where the batch has no more a filler of weight
-zero stands in, so that collectives match. So nothing but the dealing depends on the world size.
+A global batch of B samples is cut into n = B / micro_batch micro-batches, by order alone. Rank r of w takes those from
+floor(r n / w) up to floor((r + 1) n / w), neighbours, so that it reads the same blocks step after step; each rank makes
+k = ceil(n / w) of them a step, and where it has no more a filler of weight zero stands in, so that collectives match.
+So nothing but the dealing depends on the world size.
 
-How a sample flows: order gives its number, reader its bytes, decode its pixels, augment its view; a micro-batch is made
-by one thread of the pool, some steps ahead, and handed over in order.
+How a sample flows: the mixture gives its dataset and number, reader its bytes, augment its view; a micro-batch is made by
+one thread of the pool, some steps ahead, and handed over in order. A sample that cannot be read is replaced (`ledger.py`).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 import torch
 
-from pipeline.config.schema import Image
-from pipeline.core.errors import ConfigError, DataError
-from pipeline.stream.augment import generator, training_view
-from pipeline.stream.decode import decode, evaluation_view
-from pipeline.stream.order import Order
-from pipeline.stream.reader import Dataset, Sample, open_dataset
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """`images` uint8 (b, P, P, 3), `labels` int64 (b,), -1 for none; `index` counts micro-batches from the run's first,
-    over all ranks; `weight` is 1, or 0 for a filler, whose content means nothing."""
-
-    index: int
-    images: torch.Tensor
-    labels: torch.Tensor
-    keys: list[str]
-    texts: list[str]
-    weight: float
+from pipeline.config import fingerprint
+from pipeline.config.schema import Bound, Cache, Data, Image
+from pipeline.core.errors import DataError
+from pipeline.core.world import World
+from pipeline.stream.augment import training_view
+from pipeline.stream.batches import FILLER, MicroBatch, collate, empty_images, filler, in_order, prefetching
+from pipeline.stream.collection import Collection, open_collection
+from pipeline.stream.ledger import BadSample, Ledger, Replacement, substitutes
+from pipeline.stream.mixing import draw_mix
+from pipeline.stream.mixture import Mixture, Places
+from pipeline.stream.prefetch import Block
+from pipeline.stream.random import Random
+from pipeline.stream.reader import Dataset, Sample
+from pipeline.stream.text import Tokenizer
 
 
 class Stream:
     """This rank's micro-batches, without end, from sample `consumed` on. `consumed` then counts the samples of all
-    ranks in the global batches handed out in full, never those only prefetched."""
+    ranks in the global batches handed out in full, never those only prefetched; so does the ledger."""
 
     def __init__(
         self,
-        dataset: Dataset,
-        order: Order,
+        datasets: Sequence[Dataset],
+        mixture: Mixture,
         image: Image,
         *,
+        seed: int,
         global_batch: int,
         micro_batch: int,
-        rank: int,
-        world_size: int,
-        workers: int,
-        consumed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        consumed: int = 0,
+        tokenizer: Tokenizer | None = None,
+        text_length: int = 77,
+        ledger: Ledger | None = None,
     ) -> None:
         if global_batch % micro_batch or consumed % global_batch:
             raise ValueError(
                 f"global_batch {global_batch} must be a multiple of micro_batch {micro_batch}, and consumed {consumed} of global_batch"
             )
-        self.dataset, self.order, self.image = dataset, order, image
+        self.datasets, self.mixture, self.image, self.seed = list(datasets), mixture, image, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.tokenizer, self.text_length = tokenizer, text_length
         self.consumed = consumed
+        self.ledger = Ledger() if ledger is None else ledger  # an empty one is false
 
     @property
     def pieces(self) -> int:
@@ -77,43 +76,91 @@ class Stream:
         """k, micro-batches that each rank makes of a global batch, fillers included."""
         return -(-self.pieces // self.world_size)
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        made = in_order(self._places(), self._make, self.workers)
-        while True:
-            for turn in range(self.rounds):
-                batch = next(made)
-                if turn == self.rounds - 1:
-                    self.consumed += self.global_batch
-                yield batch
+    @property
+    def view(self) -> str:
+        """Names the whole sequence of samples: where two streams agree in it and in the seed, positions mean the same."""
+        orders = [(order.view, order.block, str(order.row) if order.block > 1 else "") for order in self.mixture.orders]
+        return fingerprint({"orders": orders, "shares": self.mixture.shares, "repeats": self.mixture.repeats})
 
-    def _places(self) -> Iterator[tuple[int, bool]]:
-        """(micro-batch index, is it real) for this rank, without end."""
+    def state(self) -> dict[str, Any]:
+        """What a resume needs (contract "Loader state"), as plain values; the same on all ranks after `agree`."""
+        return {"consumed": self.consumed, "view": self.view, "replaced": self.ledger.as_values()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state` of the same view, taken at any world size. To be called before iterating."""
+        self.consumed = state["consumed"]
+        self.ledger = Ledger.from_values(state["replaced"], self.ledger.limit)
+
+    def agree(self, world: World) -> list[Replacement]:
+        """Unite the ledgers of all ranks, which call this together; gives what is new since the last time."""
+        return self.ledger.merge(world.gather(self.ledger.unmerged()), self.consumed)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        with prefetching(self.datasets, (self._needs(index) for index in self._places() if index != FILLER)) as advance:
+            made = in_order(self._places(), lambda index: self._make(index, advance), self.workers)
+            while True:
+                for turn in range(self.rounds):
+                    batch = next(made)
+                    self.ledger.add(len(batch.keys), batch.replaced)
+                    if turn == self.rounds - 1:
+                        self.consumed += self.global_batch
+                    yield batch
+
+    def _places(self) -> Iterator[int]:
+        """This rank's micro-batches by index, fillers too, without end."""
         step = self.consumed // self.global_batch
+        mine = range(self.rank * self.pieces // self.world_size, (self.rank + 1) * self.pieces // self.world_size)
         while True:
             for turn in range(self.rounds):
-                piece = turn * self.world_size + self.rank
-                yield step * self.pieces + piece, piece < self.pieces
+                yield step * self.pieces + mine[turn] if turn < len(mine) else FILLER
             step += 1
 
-    def _make(self, place: tuple[int, bool]) -> MicroBatch:
-        index, real = place
-        size = self.image.pixels
-        if not real:
-            images = torch.zeros(self.micro_batch, size, size, 3, dtype=torch.uint8)
-            return MicroBatch(index, images, torch.zeros(self.micro_batch, dtype=torch.int64), [], [], 0.0)
+    def _needs(self, index: int) -> Iterable[Block]:
+        return _blocks(self.datasets, self.mixture.at(index * self.micro_batch, self.micro_batch))
+
+    def _make(self, index: int, advance: Callable[[], None]) -> MicroBatch:
+        if index == FILLER:
+            return filler(self.micro_batch, self.image.pixels)
+        advance()
+        images = empty_images(self.micro_batch, self.image.pixels)
         start = index * self.micro_batch
-        numbers = self.order.samples(start, self.micro_batch).tolist()
-        samples, views = [], []
-        for offset, number in enumerate(numbers):
-            sample = self.dataset[number]
-            random = generator(self.order.seed, self.order.epoch_of(start + offset), number)
-            views.append(training_view(_pixels(sample, self.dataset), self.image, random))
+        places, copies = self.mixture.at(start, self.micro_batch), self.mixture.copies(start, self.micro_batch).tolist()
+        samples, replaced = [], []
+        for i, place in enumerate(zip(places.dataset.tolist(), places.number.tolist(), places.epoch.tolist(), copies, strict=True)):
+            sample, replacement = self._fill(start + i, *place, images[i])
             samples.append(sample)
-        return _collate(index, samples, views)
+            if replacement:
+                replaced.append(replacement)
+        batch = collate(index, samples, images)
+        return replace(
+            batch,
+            tokens=self.tokenizer(batch.texts, self.text_length) if self.tokenizer else None,
+            mix=draw_mix(self.image, self.seed, int(places.epoch[0]), index),
+            replaced=tuple(replaced),
+        )
+
+    def _fill(
+        self, position: int, dataset: int, number: int, epoch: int, copy: int, out: torch.Tensor
+    ) -> tuple[Sample, Replacement | None]:
+        """Write the view of the sample at `position` to `out`, or that of the first readable one in its place."""
+        source, known = self.datasets[dataset], self.ledger.at(position)
+        why: Replacement | None = known
+        for candidate in chain([known.by if known else number], substitutes(self.seed, epoch, number, len(source))):
+            try:
+                sample = source.read(candidate)
+                training_view(sample.image, self.image, Random(self.seed, dataset, epoch, candidate, copy), out)
+            except BadSample as e:
+                why = why or Replacement(position, dataset, number, number, e.shard, e.key, e.reason, e.detail)
+            except ValueError as e:
+                shard = source.shards[source.locate(candidate)[0]].name
+                why = why or Replacement(position, dataset, number, number, shard, sample.key, "undecodable", str(e)[:200])
+            else:
+                return sample, replace(why, by=candidate) if why else None
+        raise DataError(f"data {source.directory.url}: none of the samples tried in place of {number} can be read, the last is {candidate}")
 
 
 def open_stream(
-    url: str,
+    url: str | Collection,
     *,
     global_batch: int,
     micro_batch: int,
@@ -126,82 +173,50 @@ def open_stream(
     size: int = 224,
     image: Image | None = None,
     endpoint: str | None = None,
+    deny: Sequence[str] = (),
+    where: Mapping[str, Bound] | None = None,
+    block: int | None = None,
+    cache: Cache | None = None,
+    bad: float = 0.01,
+    replaced: Iterable[Mapping[str, Any]] = (),
+    tokenizer: Tokenizer | None = None,
+    text_length: int = 77,
 ) -> Stream:
-    """Training micro-batches of the dataset at `url` for one rank; `image` says how, by default random-resized crops of `size`.
+    """Training micro-batches for one rank, of the dataset at `url` less what `deny` and `where` leave out, or of a collection
+    that is open already.
+
+    `image` says how to view an image, by default in random-resized crops of `size`; `replaced` is the ledger of the
+    checkpoint that `consumed` comes from, and `bad` the largest fraction of samples that may be replaced.
 
     Raises:
         DataError: no such dataset or split. ConfigError: images smaller than the model's input.
     """
-    dataset = open_dataset(url, split, endpoint)
     how = image or Image(pixels=size)
-    check_pixels(dataset, how)
-    order = Order(len(dataset), dataset.view, seed)
+    if isinstance(url, Collection):
+        collection = url
+    else:
+        collection = open_collection([Data(url=url, deny=list(deny), where=dict(where or {}))], split, endpoint, block=block, cache=cache)
+    collection.check_pixels(how)
     return Stream(
-        dataset,
-        order,
+        collection.datasets,
+        collection.mixture(seed, global_batch, how.repeats),
         how,
+        seed=seed,
         global_batch=global_batch,
         micro_batch=micro_batch,
         rank=rank,
         world_size=world_size,
         workers=workers,
         consumed=consumed,
+        tokenizer=tokenizer,
+        text_length=text_length,
+        ledger=Ledger.from_values(replaced, bad),
     )
 
 
-def check_pixels(dataset: Dataset, image: Image, where: str = "pretrain.image.pixels") -> None:
-    """Raises ConfigError where images would have to be enlarged and the config does not say so."""
-    least = min(dataset.manifest.smallest)
-    if least < image.pixels and not image.enlarge:
-        raise ConfigError(
-            f"{where}: {image.pixels} is more than the smallest side in the dataset, {least} pixels; "
-            f"choose {least} or less, or set enlarge: true beside it"
-        )
-
-
-def evaluation_batches(
-    dataset: Dataset, pixels: int, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, numbers: Sequence[int] | None = None
-) -> Iterator[MicroBatch]:
-    """Every sample once in shard order (or those of `numbers`, in theirs), unaugmented, in batches of at most `batch`;
-    rank r takes batches r, r + w, .."""
-    chosen = range(len(dataset)) if numbers is None else numbers
-
-    def make(index: int) -> MicroBatch:
-        samples = [dataset[n] for n in chosen[index * batch : (index + 1) * batch]]
-        return _collate(index, samples, [evaluation_view(_pixels(s, dataset), pixels) for s in samples])
-
-    return in_order(iter(range(rank, -(-len(chosen) // batch), world_size)), make, workers)
-
-
-def in_order(places: Iterator[T], make: Callable[[T], MicroBatch], workers: int) -> Iterator[MicroBatch]:
-    """`make` of each place, in order, `2 * workers` ahead on `workers` threads; in line where workers is 0.
-
-    Threads do: decoding, resizing and reading all release the interpreter's lock.
-    """
-    if workers == 0:
-        yield from map(make, places)
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        waiting: deque[Future[MicroBatch]] = deque()
-        try:
-            for place in places:
-                waiting.append(pool.submit(make, place))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _pixels(sample: Sample, dataset: Dataset) -> torch.Tensor:
-    try:
-        return decode(sample.image)
-    except ValueError as e:
-        raise DataError(f"data {dataset.directory.url}: sample {sample.key} cannot be decoded ({e})") from e
-
-
-def _collate(index: int, samples: list[Sample], views: list[torch.Tensor]) -> MicroBatch:
-    labels = torch.tensor([s.label for s in samples], dtype=torch.int64)
-    return MicroBatch(index, torch.stack(views), labels, [s.key for s in samples], [s.text for s in samples], 1.0)
+def _blocks(datasets: Sequence[Dataset], places: Places) -> Iterable[Block]:
+    found: dict[Block, None] = {}
+    for d, number in zip(places.dataset.tolist(), places.number.tolist(), strict=True):
+        if not datasets[d].directory.is_local:
+            found[datasets[d], *datasets[d].block_of(number)] = None
+    return found

@@ -1,110 +1,95 @@
 """A dataset directory as numbered samples: sample number -> bytes, checked against the index.
 
-Local shards are read in place. A shard on an object store is fetched once a machine into a cache directory, checked
-against the sha256 of the table of shards, and shared by the ranks there.
+Local shards are read in place. Of a shard on an object store, blocks of neighbouring samples are fetched by range into
+the machine's cache (`cache.py`); nothing is unpacked, nothing is unpickled, no command is run.
+
+    number --(samples kept in each shard)--> shard, row --(its index)--> offset, length --(file | cached block)--> bytes
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import tempfile
 import weakref
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config.schema import Bound
+from pipeline.config.schema import Cache as CacheSection
 from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
-from pipeline.shards.manifest import Manifest, ShardRecord, read_manifest, read_part, read_shards
+from pipeline.shards.manifest import Manifest, read_manifest
+from pipeline.shards.table import ShardRecord, ShardTable
+from pipeline.stream.cache import Cache
+from pipeline.stream.fetch import retrying
+from pipeline.stream.index import COLUMNS, Index, Sample
+from pipeline.stream.ledger import BadSample
+from pipeline.stream.view import Rule, select
+
+BLOCK = 64  # samples that one request brings
+_OPEN = 256  # shards whose index is at hand
+_WHOLE = 1 << 40  # bytes; more than any index has
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample as the shard holds it; `label` is -1 and `text` empty where there is none."""
+class _File:
+    """An open local shard, closed when no thread reads from it any more."""
 
-    key: str
-    image: bytes
-    label: int
-    text: str
-    json: bytes
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What the sample's json member holds: where it came from, and what its source said of it."""
-        return json.loads(self.json or b"{}")
-
-
-class _Shard:
-    """One open tar and its index."""
-
-    def __init__(self, directory: Storage, record: ShardRecord) -> None:
-        self.record = record
-        self.columns = pq.read_table(io.BytesIO(read_part(directory, record.index_name))).to_pydict()
-        if len(self.columns["key"]) != record.samples:
-            raise DataError(
-                f"data {directory.url}/{record.index_name}: {len(self.columns['key'])} samples, the table of shards says {record.samples}"
-            )
-        try:
-            path = Path(directory.path) / record.name if directory.is_local else _fetch(directory, record)
-            self.file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DataError(f"data {directory.url}/{record.name}: is missing") from None
-        weakref.finalize(self, os.close, self.file)  # when no thread reads from it any more
-
-    def sample(self, row: int, where: str) -> Sample:
-        at = {name: column[row] for name, column in self.columns.items()}
-        data = os.pread(self.file, at["length"], at["offset"])
-        if zlib.crc32(data) != at["crc32"]:
-            raise DataError(f"data {where}/{self.record.name}: sample {at['key']} is damaged (its checksum differs from the index)")
-
-        def part(name: str) -> bytes:
-            start = at[f"{name}_offset"] - at["offset"]
-            return data[start : start + at[f"{name}_length"]] if at[f"{name}_length"] >= 0 else b""
-
-        return Sample(at["key"], part("image"), at["cls"], part("txt").decode(), part("json"))
-
-
-def _fetch(directory: Storage, record: ShardRecord) -> Path:
-    cache = Path(tempfile.gettempdir()) / f"tessera-shards-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    if cache.stat().st_uid != os.getuid():
-        raise DataError(f"data {directory.url}: the shard cache {cache} belongs to somebody else; TMPDIR names another place")
-    target = cache / f"{record.sha256}.tar"
-    if not target.exists():
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as f:
-            temporary = Path(f.name)
-        try:
-            directory.get(record.name, temporary)
-            with temporary.open("rb") as f:
-                digest = sha256()
-                while block := f.read(1 << 20):
-                    digest.update(block)
-            if digest.hexdigest() != record.sha256:
-                raise DataError(f"data {directory.url}/{record.name}: the shard is damaged (its sha256 differs from the table of shards)")
-            temporary.rename(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return target
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 class Dataset:
-    """One split of a dataset, `len(dataset)` samples numbered in shard order. Safe to read from several threads."""
+    """One split of a dataset, `len(dataset)` samples numbered in shard order. Safe to read from several threads.
 
-    def __init__(self, directory: Storage, split: str) -> None:
-        self.directory = directory
-        self.split = split
+    Raises:
+        DataError: no such split, or a deny-list is missing, or nothing is left. ConfigError: a bound on an unknown column.
+    """
+
+    def __init__(
+        self,
+        directory: Storage,
+        split: str,
+        *,
+        deny: Sequence[str] = (),
+        where: Mapping[str, Bound] | None = None,
+        block: int | None = None,
+        cache: CacheSection | None = None,
+    ) -> None:
+        self.directory, self.split = directory, split
         self.manifest: Manifest = read_manifest(directory)
-        self.shards = read_shards(directory, split)
-        self._ends = np.cumsum([s.samples for s in self.shards])
-        self._open = lru_cache(maxsize=256)(lambda number: _Shard(directory, self.shards[number]))
+        self.shards = ShardTable(directory, split)
+        self._cache_section = cache or CacheSection()
+        # On a local disk any sample is as near as any other, as long as the indices of all shards are at hand.
+        self.block = block or (1 if directory.is_local and len(self.shards) <= _OPEN else BLOCK)
+        self._lost: dict[int, _LostIndex] = {}  # shards without a readable index
+        self._missing: set[int] = set()  # shards that are not there
+        self._index = lru_cache(maxsize=_OPEN)(self._read_index)
+        self._file = lru_cache(maxsize=_OPEN)(lambda shard: _File(Path(directory.path) / self.shards[shard].name))
+        self.view, self._selection = f"{self.manifest.hash}/{split}", None
+        self.sizes = self.shards.samples
+        if deny or where:
+            rule = Rule(deny, where or {}, directory.endpoint)
+            self.view = f"{self.view}/{rule.hash}"
+            names = _Names(self.shards)
+            self._selection = select(rule, f"{self.view}/{self.manifest.config}", names, self._sound_index, self.cache)
+            self.sizes = self._selection.kept
+            if not self.sizes.sum():
+                raise DataError(f"data {directory.url}: deny-lists and bounds leave none of its {self.shards.samples.sum()} samples")
+        self._ends = np.cumsum(self.sizes, dtype=np.int64)
+
+    @property
+    def cache(self) -> Cache:
+        if not hasattr(self, "_cache"):
+            self._cache = Cache(self._cache_section.path, self._cache_section.size)
+        return self._cache
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -113,34 +98,175 @@ class Dataset:
     def classes(self) -> list[str]:
         return self.manifest.classes
 
+    @property
+    def mean_bytes(self) -> float:
+        """Of a sample in the shards, headers included."""
+        return float(self.shards.bytes.sum() / max(1, self.shards.samples.sum()))
+
     def labels(self) -> np.ndarray:
         """Every sample's label in shard order, -1 for none: int64 (len,). Reads the indices, not the shards."""
-        columns = [
-            pq.read_table(io.BytesIO(read_part(self.directory, s.index_name)), columns=["cls"])["cls"].to_numpy() for s in self.shards
-        ]
+        columns = []
+        for shard in range(len(self.shards)):
+            labels = self._sound_index(shard, ["cls"])["cls"].to_numpy()
+            columns.append(np.delete(labels, self._selection.left_out(shard)) if self._selection else labels)
         return np.concatenate(columns)
 
-    @property
-    def view(self) -> str:
-        """Names exactly which samples this is, in which order."""
-        return f"{self.manifest.hash}/{self.split}"
+    def locate(self, number: int) -> tuple[int, int]:
+        """(shard, row among the samples kept there) of sample `number`."""
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard] - self.sizes[shard])
 
     def __getitem__(self, number: int) -> Sample:
         """Raises DataError where the bytes are not those the index names."""
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        first = int(self._ends[shard - 1]) if shard else 0
-        return self._open(shard).sample(number - first, self.directory.url)
+        try:
+            return self.read(number)
+        except BadSample as e:
+            raise DataError(f"data {self.directory.url}/{e}") from e
+
+    def read(self, number: int) -> Sample:
+        """Raises BadSample for what stays unreadable, InfrastructureError where the store keeps failing."""
+        shard, row = self.locate(number)
+        index, data = self._known(shard, row), b""
+        for attempt in (1, 2):
+            try:
+                data = self._bytes(shard, index, row, again=attempt == 2)
+            except FileNotFoundError as e:
+                self._missing.add(shard)
+                raise BadSample(self.shards[shard].name, index.keys[row].as_py(), "missing", "the shard is not there") from e
+            if zlib.crc32(data) == index.crc32[row]:
+                return index.sample(row, data)
+        name, key, length = self.shards[shard].name, index.keys[row].as_py(), int(index.length[row])
+        if len(data) < length:
+            raise BadSample(name, key, "truncated", f"{len(data)} of {length} bytes")
+        raise BadSample(name, key, "checksum", "its crc32 differs")
+
+    def key_of(self, number: int) -> str:
+        """Raises BadSample where the shard's index is gone."""
+        shard, row = self.locate(number)
+        return self._known(shard, row).keys[row].as_py()
+
+    # Blocks: what prefetching asks for
+
+    def block_of(self, number: int) -> tuple[int, int]:
+        """(shard, block) that holds sample `number`."""
+        shard, row = self.locate(number)
+        return shard, row // self.block
+
+    def fetch(self, shard: int, block: int) -> int:
+        """Bring a block into the cache; its bytes, 0 where it was there. What is damaged or gone is told on reading."""
+        try:
+            index = self._known(shard, block * self.block)
+            name, start, end = self._part(shard, index, block)
+            if self.cache.has(name):
+                return 0
+            self.cache.read(name, self._fetcher(shard, start, end), 0, 0)
+            return end - start
+        except (BadSample, FileNotFoundError):
+            return 0
+
+    def _part(self, shard: int, index: Index, block: int) -> tuple[str, int, int]:
+        """A block's name in the cache, and where it is in the tar, from and up to."""
+        start, end = index.span(block, self.block)
+        return f"{self.shards[shard].sha256[:40]}-{start}-{end}", start, end
+
+    def _fetcher(self, shard: int, start: int, end: int) -> Callable[[], bytes]:
+        name = self.shards[shard].name
+        return lambda: retrying(f"{self.directory.url}/{name}", lambda: self.directory.read_range(name, start, end))
+
+    def _bytes(self, shard: int, index: Index, row: int, again: bool) -> bytes:
+        if shard in self._missing:  # each of its samples would ask for it again, for seconds
+            raise FileNotFoundError(self.shards[shard].name)
+        offset, length = int(index.offset[row]), int(index.length[row])
+        if self.directory.is_local:
+            file = self._file(shard)  # held while it is read: another thread may push it out of the least recently used
+            return os.pread(file.descriptor, length, offset)
+        name, start, end = self._part(shard, index, row // self.block)
+        if again:
+            self.cache.drop(name)
+        return self.cache.read(name, self._fetcher(shard, start, end), offset - start, length)
+
+    def _known(self, shard: int, row: int) -> Index:
+        """Raises BadSample, saying `row` for a key, where the shard's index cannot be read."""
+        if shard not in self._lost:
+            try:
+                return self._index(shard)
+            except _LostIndex as e:
+                self._lost[shard] = e
+        lost = self._lost[shard]
+        raise BadSample(self.shards[shard].name, f"in row {row}", lost.reason, lost.detail)
+
+    def _read_index(self, shard: int) -> Index:
+        index = Index(self._index_table(shard, COLUMNS), self._selection.left_out(shard) if self._selection else None)
+        if index.rows != (samples := self.shards[shard].samples):
+            raise _LostIndex("index", f"{index.rows} rows, the table of shards says {samples} samples")
+        return index
+
+    def _index_table(self, shard: int, columns: Sequence[str] | None) -> pa.Table:
+        """Those of `columns` that it has, or all."""
+        record = self.shards[shard]
+        try:
+            file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
+            there = file.schema_arrow.names
+            return file.read(columns=[c for c in columns if c in there] if columns else None, use_threads=False)
+        except FileNotFoundError as e:
+            raise _LostIndex("missing", f"{record.index_name} is not there") from e
+        except (pa.ArrowInvalid, OSError) as e:
+            raise _LostIndex("index", f"{record.index_name} is no Parquet ({e})") from e
+
+    def _sound_index(self, shard: int, columns: Sequence[str] | None) -> pa.Table:
+        """Raises DataError where it cannot be read."""
+        try:
+            return self._index_table(shard, columns)
+        except _LostIndex as e:
+            raise DataError(f"data {self.directory.url}/{self.shards[shard].name}: {e}") from e
+
+    def _index_bytes(self, record: ShardRecord) -> bytes:
+        url = f"{self.directory.url}/{record.index_name}"
+        if self.directory.is_local:
+            return retrying(url, lambda: self.directory.read(record.index_name))
+        # An index may be made anew with other columns: the fingerprint of what made it tells them apart.
+        part = f"{record.sha256[:40]}-{self.manifest.config[:8]}-index"
+        # By range, since S3's client asks for the size first otherwise.
+        return self.cache.read(part, lambda: retrying(url, lambda: self.directory.read_range(record.index_name, 0, _WHOLE)))
 
 
-def open_dataset(url: str, split: str = "train", endpoint: str | None = None) -> Dataset:
-    """The split `split` of the dataset at `url` (`URL` or `URL@version`).
+class _LostIndex(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+class _Names(Sequence[str]):
+    """The shards' index names, fetched as they are asked for."""
+
+    def __init__(self, shards: ShardTable) -> None:
+        self._shards = shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, shard: Any) -> Any:
+        return self._shards[shard].index_name
+
+
+def open_dataset(
+    url: str,
+    split: str = "train",
+    endpoint: str | None = None,
+    *,
+    deny: Sequence[str] = (),
+    where: Mapping[str, Bound] | None = None,
+    block: int | None = None,
+    cache: CacheSection | None = None,
+) -> Dataset:
+    """The split `split` of the dataset at `url` (`URL` or `URL@version`), less what `deny` and `where` leave out.
 
     Raises:
         DataError: no dataset there, no such split or version, or a damaged one.
     """
     base, at, version = url.rpartition("@")
     has_version = bool(at) and version.isdigit()
-    dataset = Dataset(Storage(base if has_version else url, endpoint), split)
+    dataset = Dataset(Storage(base if has_version else url, endpoint), split, deny=deny, where=where, block=block, cache=cache)
     if has_version and int(version) != dataset.manifest.version:
         raise DataError(f"data {url}: there is no version {version} (allowed: {dataset.manifest.version})")
     return dataset

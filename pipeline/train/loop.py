@@ -18,8 +18,9 @@ from pipeline.core.world import World
 from pipeline.objectives import Classify
 from pipeline.plan import Plan
 from pipeline.stream import Dataset, MicroBatch, Stream
+from pipeline.stream.batches import evaluation_batches, filler
 from pipeline.stream.decode import normalize
-from pipeline.stream.loader import evaluation_batches
+from pipeline.stream.mixing import mixed
 from pipeline.train.schedule import factor
 from pipeline.train.zero import Engine
 
@@ -113,17 +114,17 @@ def validate(engine: Engine, objective: Classify, held_out: Dataset, config: Pre
 
 def _equal_turns(batches: Iterator[MicroBatch], samples: int, config: Pretrain, world: World) -> Iterator[MicroBatch]:
     """This rank's batches, and a filler of weight zero where other ranks have one more."""
-    size = config.image.pixels
-    filler = MicroBatch(-1, torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), [], [], 0.0)
+    none = filler(1, config.image.pixels)
     for _ in range(-(-samples // (config.micro_batch * world.size))):
-        yield next(batches, filler)
+        yield next(batches, none)
 
 
 def _forward(
     engine: Engine, objective: Classify, batch: MicroBatch, config: Pretrain, world: World
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     images = normalize(batch.images.to(world.device, non_blocking=True), config.image.mean, config.image.std, engine.dtype)
-    return objective.loss(engine.module, images, batch.labels.to(world.device, non_blocking=True))
+    labels = batch.labels.to(world.device, non_blocking=True)
+    return objective.loss(engine.module, mixed(images, batch.mix), labels, batch.mix)
 
 
 def _mean(totals: dict[str, torch.Tensor], count: int, world: World) -> Row:

@@ -8,12 +8,14 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.checkpoint import Checkpoints, Commit, ModelCard, Receipt
-from pipeline.checkpoint.commit import HISTORY
+from pipeline.checkpoint.commit import HISTORY, LOADER
 from pipeline.checkpoint.model import split_url, write_model
 from pipeline.config.schema import StorageSection
 from pipeline.core.errors import CheckpointError, ConfigError, Diverged, StorageError, TesseraError
@@ -26,10 +28,19 @@ from pipeline.train.zero import Engine
 _FULL = 1 << 20  # a disk with fewer bytes left than this is full
 
 
+@dataclass(frozen=True)
+class State:
+    """What a restored checkpoint says beside the engine's state: its commit, the training history, the loader's state."""
+
+    commit: Commit
+    history: list[Row]
+    loader: dict[str, Any]
+
+
 def save(
-    engine: Engine, checkpoints: Checkpoints, card: ModelCard, view: str, samples: int, history: list[Row], keep: int, world: World
+    engine: Engine, checkpoints: Checkpoints, card: ModelCard, loader: dict[str, Any], history: list[Row], keep: int, world: World
 ) -> None:
-    """Write, upload and commit a checkpoint at `card.step`, then remove those beyond `keep`.
+    """Write, upload and commit a checkpoint at `card.step`, then remove those beyond `keep`; `loader` is the stream's state.
 
     Raises:
         TesseraError: the first rank's that could not write or upload, on every rank; nothing is committed then.
@@ -49,6 +60,7 @@ def save(
                 with _writing(directory):
                     write_model(directory, card, weights)
                     (directory / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in history))
+                    (directory / LOADER).write_text(json.dumps(loader))
             for file in sorted(p for p in directory.rglob("*") if p.is_file()):
                 receipts.append(checkpoints.upload(step, attempt, file.relative_to(directory).as_posix(), file))
         except TesseraError as e:
@@ -57,15 +69,15 @@ def save(
         everyone = [r for part in world.gather(receipts) for r in part]
         try:
             if world.is_main:
-                checkpoints.commit(Commit(step, samples, attempt, world.size, engine.stage, view, everyone))
+                checkpoints.commit(Commit(step, loader["consumed"], attempt, world.size, engine.stage, loader["view"], everyone))
                 checkpoints.retain(keep)
         except TesseraError as e:
             error = e
         _raise_first(world.gather(error))
 
 
-def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World) -> tuple[Commit | None, list[Row]]:
-    """Load the run's newest sound checkpoint into `engine`; gives its commit and history, or (None, []) where there is none.
+def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World) -> State | None:
+    """Load the run's newest sound checkpoint into `engine`; None where there is none.
 
     Raises:
         CheckpointError: it was saved by another number of workers, at another stage, or on other data.
@@ -73,16 +85,16 @@ def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World) -
     while True:
         commit = world.broadcast(_newest(checkpoints) if world.is_main else None)
         if commit is None:
-            return None, []
+            return None
         try:
-            return commit, _load(engine, checkpoints, commit, view, world, "pretrain")
+            return _load(engine, checkpoints, commit, view, world, "pretrain")
         except _Damaged as e:
             if world.is_main:
                 checkpoints.set_aside(commit, str(e))
             world.barrier()
 
 
-def restore_from(engine: Engine, url: str, storage: StorageSection, view: str, world: World) -> tuple[Commit, list[Row]]:
+def restore_from(engine: Engine, url: str, storage: StorageSection, view: str, world: World) -> State:
     """Load the checkpoint `URL` or `URL@step` of another run, and change nothing there.
 
     Raises:
@@ -100,7 +112,7 @@ def restore_from(engine: Engine, url: str, storage: StorageSection, view: str, w
         raise CheckpointError(f"{where}: there is no committed checkpoint in {base}")
     commit = checkpoints.read(step if step is not None else steps[-1])
     try:
-        return commit, _load(engine, checkpoints, commit, view, world, where)
+        return _load(engine, checkpoints, commit, view, world, where)
     except _Damaged as e:
         raise CheckpointError(f"{where}: {e}") from e
 
@@ -109,7 +121,7 @@ class _Damaged(Exception):
     pass
 
 
-def _load(engine: Engine, checkpoints: Checkpoints, commit: Commit, view: str, world: World, where: str) -> list[Row]:
+def _load(engine: Engine, checkpoints: Checkpoints, commit: Commit, view: str, world: World, where: str) -> State:
     """Fetch, verify and load; all ranks raise `_Damaged` together where one of them finds damage."""
     _check_fits(commit, engine, view, world, f"{where}: checkpoint {checkpoints.directory.url}/step-{commit.step}")
     with tempfile.TemporaryDirectory(prefix="tessera-restore-") as local:
@@ -123,9 +135,10 @@ def _load(engine: Engine, checkpoints: Checkpoints, commit: Commit, view: str, w
             raise _Damaged(damages[0])
         engine.load(Path(local))
         history = [json.loads(line) for line in (Path(local) / HISTORY).read_text().splitlines()]
+        loader = json.loads((Path(local) / LOADER).read_text())
     if world.is_main:
         say(f"resuming at step {commit.step:,} from {checkpoints.directory.url}")
-    return history
+    return State(commit, history, loader)
 
 
 def _newest(checkpoints: Checkpoints) -> Commit | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 
 import click
@@ -30,7 +31,7 @@ from pipeline.models import build_model
 from pipeline.models.vit import VisionTransformer
 from pipeline.objectives import build_objective
 from pipeline.plan import Plan, make_plan
-from pipeline.stream import Dataset, open_dataset, open_stream
+from pipeline.stream import Collection, Stream, Tokenizer, open_collection, open_dataset, open_stream
 from pipeline.train.loop import Row, train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.saving import restore, restore_from, save
@@ -49,27 +50,30 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     check_precision(p.precision)
     join_group(world)
     endpoint = config.storage.endpoint
-    dataset = open_dataset(run.dataset_url, p.split, endpoint)
-    held_out = open_dataset(run.dataset_url, p.validation.split, endpoint) if p.validation else None
-    plan = make_plan(config, len(dataset), len(dataset.classes), world.size)
+    data = open_collection(run.data, p.split, endpoint, block=p.loader.block, cache=p.loader.cache)
+    held_out = open_dataset(run.dataset_url, p.validation.split, endpoint, cache=p.loader.cache) if p.validation else None
+    plan = make_plan(config, data.samples, len(data.classes), world.size)
     checkpoints = Checkpoints(run.directory)
     had_any = world.broadcast(bool(checkpoints.steps()))
-    model = _start_model(run, dataset, had_any, tracker).to(world.device)
+    model = _start_model(run, data, had_any, tracker).to(world.device)
     stream = open_stream(
-        run.dataset_url, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loaders,
-        seed=config.seed, split=p.split, image=p.image, endpoint=endpoint,
+        data, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loader.workers,
+        seed=config.seed, image=p.image, bad=p.loader.bad,
+        tokenizer=Tokenizer.load(p.text.tokenizer, p.text.sha256, endpoint) if p.text else None,
+        text_length=p.text.length if p.text else 0,
     )  # fmt: skip
     engine = Engine(model, build_optimizer(model, p.optimizer), p, stream.rounds, world)
-    commit, history = restore(engine, checkpoints, dataset.view, world)
-    if commit is None and p.start and p.start.load == "all":
-        commit, history = restore_from(engine, p.start.from_, config.storage, dataset.view, world)
-    if commit is None and had_any and p.start:  # the model holds neither our weights nor those it was to start from
+    state = restore(engine, checkpoints, stream.view, world)
+    if state is None and p.start and p.start.load == "all":
+        state = restore_from(engine, p.start.from_, config.storage, stream.view, world)
+    if state is None and had_any and p.start:  # the model holds neither our weights nor those it was to start from
         raise CheckpointError(
             f"checkpoints of {run.directory.url}: all are damaged and set aside; the same command again begins from {p.start.from_}"
         )
-    first = commit.step if commit else 0
-    stream.consumed = commit.samples if commit else 0
-    hooks = Recorder(run, dataset, engine, checkpoints, plan, history, world, tracker, first)
+    first = state.commit.step if state else 0
+    if state:
+        stream.resume(state.loader)
+    hooks = Recorder(run, data, stream, engine, checkpoints, plan, state.history if state else [], world, tracker, first)
     hooks.seconds["start-up"] = time.perf_counter() - began
     began = time.perf_counter()
     with hooks.progress if world.is_main else nullcontext():
@@ -84,12 +88,12 @@ def _pretrain(run: Run) -> Pretrain:
     return run.config.pretrain
 
 
-def _start_model(run: Run, dataset: Dataset, has_own: bool, tracker: Tracker | None) -> VisionTransformer:
+def _start_model(run: Run, data: Collection, has_own: bool, tracker: Tracker | None) -> VisionTransformer:
     """A new model, or one with another run's weights where `pretrain.start` says so and no checkpoint of ours follows."""
     p = _pretrain(run)
-    if not dataset.classes:
+    if not data.classes:
         raise ConfigError(f"pretrain.objective: {p.objective.name!r} needs labels, and {run.dataset_url} has no classes")
-    model = build_model(p.model.name, p.model.arguments, pixels=p.image.pixels, classes=len(dataset.classes), seed=run.config.seed)
+    model = build_model(p.model.name, p.model.arguments, pixels=p.image.pixels, classes=len(data.classes), seed=run.config.seed)
     if p.start and p.start.load == "weights" and not has_own:
         url, step = split_url(p.start.from_)
         card, weights = find_model(Storage(url, run.config.storage.endpoint), step)
@@ -105,7 +109,8 @@ class Recorder:
     def __init__(
         self,
         run: Run,
-        dataset: Dataset,
+        data: Collection,
+        stream: Stream,
         engine: Engine,
         checkpoints: Checkpoints,
         plan: Plan,
@@ -114,7 +119,7 @@ class Recorder:
         tracker: Tracker | None,
         first: int,
     ) -> None:
-        self.run, self.dataset, self.engine, self.checkpoints = run, dataset, engine, checkpoints
+        self.run, self.data, self.stream, self.engine, self.checkpoints = run, data, stream, engine, checkpoints
         self.plan, self.history, self.world, self.tracker = plan, history, world, tracker
         self.seconds: dict[str, float] = {"saving checkpoints": 0.0}
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
@@ -159,14 +164,18 @@ class Recorder:
             p.model.name,
             p.model.arguments,
             p.image.pixels,
-            self.dataset.classes,
+            self.data.classes,
             p.image.mean,
             p.image.std,
-            self.dataset.manifest.hash,
+            self.data.hash,
             self.run.id,
             step,
         )
-        save(self.engine, self.checkpoints, card, self.dataset.view, step * p.batch, self.history, p.save.keep, self.world)
+        new = self.stream.agree(self.world)
+        save(self.engine, self.checkpoints, card, self.stream.state(), self.history, p.save.keep, self.world)
+        if new and self.world.is_main:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in new).items())
+            say(f"warning: {len(new)} samples could not be read and were replaced by others since the last checkpoint ({reasons})")
 
 
 def stage_tracker(run: Run) -> Tracker:

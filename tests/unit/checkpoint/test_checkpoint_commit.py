@@ -152,7 +152,7 @@ def test_commits_of_another_kind(store: Storage) -> None:
     checkpoints = Checkpoints(store)
     checkpoints.commit(replace(Commit(5, 50, "a", 1, 0, "view", []), format=99))
     store.write("checkpoints/step-6/COMMIT.json", b"{")
-    with pytest.raises(CheckpointError, match=r"step-5: its format is 99, this version reads format 1"):
+    with pytest.raises(CheckpointError, match=r"step-5: its format is 99, this version reads format 2"):
         checkpoints.read(5)
     with pytest.raises(CheckpointError, match=r"step-6: its COMMIT.json is not JSON"):
         checkpoints.read(6)

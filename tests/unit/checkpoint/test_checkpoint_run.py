@@ -65,7 +65,7 @@ def test_another_config_is_refused(config: Maker) -> None:
 def test_how_and_where_it_runs_may_change(config: Maker) -> None:
     run = claim_run(config())
     changed = config(
-        {"save": {"every": "5 steps", "keep": 1}, "validate": {"every": "3 epochs"}, "log": "1 step", "loaders": 4},
+        {"save": {"every": "5 steps", "keep": 1}, "validate": {"every": "3 epochs"}, "log": "1 step", "loader": {"workers": 4}},
         cluster="local", tracking={"uri": "http://other"}, evaluate={"suites": ["own"]},
     )  # fmt: skip
     assert claim_run(changed).id == run.id

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config, fingerprint, load_config, parse_config
 from pipeline.config.load import parse_yaml
+from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError
 from pipeline.core.units import Duration
 
@@ -85,7 +86,7 @@ def test_the_contract(tmp_path: Path, data: str) -> None:
     if config.shard:
         assert config.shard.size == 2**28 and config.shard.images.resize is not None and config.shard.source.columns["url"] == "URL"
     else:
-        assert config.data == "s3://lab/data/laion@3"
+        assert config.data == [Data(url="s3://lab/data/laion@3")]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
@@ -167,7 +168,11 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suites = ["a", {"name": "b", "data": "own"}, {"name": "c", "data": "~/c"}, {"name": "d", "data": "d"}, {"name": "e", "data": None}]
     config = parse_config({**minimal(start="~/runs/a@5"), "storage": {"url": "~/runs"}, "data": "s3://~/d", "evaluate": {"suites": suites}})
     assert config.pretrain is not None and config.pretrain.start is not None and config.evaluate is not None
-    assert (config.storage.url, config.data, config.pretrain.start.from_) == ("/home/ada/runs", "s3://~/d", "/home/ada/runs/a@5")
+    assert (config.storage.url, config.data, config.pretrain.start.from_) == (
+        "/home/ada/runs",
+        [Data(url="s3://~/d")],
+        "/home/ada/runs/a@5",
+    )
     assert [s.data for s in config.evaluate.suites] == [None, "own", "/home/ada/c", f"{tmp_path}/d", None]
     source = parse_config({"name": "t", "storage": "own", "shard": {"source": {"url": "~/images"}}})
     assert source.shard is not None and (source.shard.source.url, source.storage.url) == ("/home/ada/images", f"{tmp_path}/own")
@@ -187,6 +192,8 @@ def test_files_are_utf_8(tmp_path: Path) -> None:
         ("tracking.uri", "postgresql://me:secret@db/mlflow"),
         ("cluster.address", "http://me:secret@head:8265"),
         ("data", "http://me:secret@data/d@3"),
+        ("data.url", "http://me:secret@data/d@3"),
+        ("data.deny", "[a.txt, 'http://me:secret@data/d@3']"),
         ("shard.source.url", "ftp://me:secret@data/d"),
         ("pretrain.start", "http://me:secret@runs/a@5"),
         ("pretrain.start.from", "http://me:secret@runs/a@5"),
@@ -204,7 +211,7 @@ def test_passwords_are_refused(path: str, url: str) -> None:
 
 def test_what_is_no_password() -> None:
     for url in ("s3://lab/a:b@3", "http://me@mlflow:5000", "sqlite:///a:b@c.db", "http://head:8265/x@y"):
-        assert parse_config(MINIMAL, [f"tracking.uri={url}", f"data={url}"]).data == url
+        assert parse_config(MINIMAL, [f"tracking.uri={url}", f"data={url}"]).data == [Data(url=url)]
 
 
 def test_numbers_as_people_write_them() -> None:
@@ -280,6 +287,9 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         ({**MINIMAL, "name": "data"}, "name: 'data' is kept for what lies beside the runs (kept: data, mlartifacts, mlflow.db)"),
         ({"name": "t", "storage": "r"}, "config: nothing to do: needs at least one of the sections shard, pretrain, evaluate"),
         ({k: v for k, v in MINIMAL.items() if k != "data"}, "pretrain: needs data, a dataset's URL, or a shard section that makes one"),
+        ({**MINIMAL, "data": []}, "data: [] names no dataset"),
+        ({**MINIMAL, "data": [{"url": "a", "weight": 1}, "b"]}, "weight: is given for some of the datasets only; give it for all or for none"),
+        ({**MINIMAL, "data": {"url": "a", "where": {"score": {}}}}, "data.0.where.score.min: is missing, and max too; a bound needs one of them"),
         ({**MINIMAL, "shard": {"source": {"url": "x"}}}, "data: give either data or a shard section, not both"),
         ({"name": "t", "storage": "r", "data": "d", "evaluate": {"suites": ["x"]}}, "evaluate: needs a pretrain section"),
         ({**MINIMAL, "evaluate": {"suites": []}}, "evaluate.suites: [] "),

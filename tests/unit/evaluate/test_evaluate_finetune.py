@@ -51,8 +51,8 @@ def test_pass_size() -> None:
     assert [pass_size(512, 100), pass_size(30, 7), pass_size(7, 3), pass_size(4, 9)] == [64, 6, 1, 4]
 
 
-def test_part_visits_each_of_its_samples_once_an_epoch() -> None:
-    part = Part(4, "view", 0, numbers=np.array([3, 5, 8, 9]))
+def test_part_visits_each_of_its_samples_once_an_epoch(task: Task) -> None:
+    part = Part(task.open("train"), np.array([3, 5, 8, 9]), 0)
     assert sorted(part.samples(0, 4)) == [3, 5, 8, 9]
     assert sorted(part.samples(4, 4)) == [3, 5, 8, 9]
     assert part.epoch_of(5) == 1

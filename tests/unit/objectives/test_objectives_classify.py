@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pipeline.core.errors import ConfigError
 from pipeline.objectives import build_objective, check_objective
+from pipeline.stream.mixing import Mix
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0], [1.0, 2.0, 0.0], [0.0, 9.0, 0.0]])
 
@@ -59,6 +61,52 @@ def test_gradient_leaves_unlabelled_samples_out() -> None:
 def test_the_loss_is_in_fp32() -> None:
     loss, _ = build_objective("classify", {}).loss(Given(torch.bfloat16), torch.zeros(4, 3, 2, 2), torch.tensor([0, 2, 0, 1]))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(by_hand([0, 2, 0, 1], 0), rel=1e-6)
+
+
+def soft_target_loss(labels: list[int], lam: float, smoothing: float) -> torch.Tensor:
+    """Cross-entropy against mixed, smoothed one-hot rows, as DeiT's code has it (timm's `mixup_target`), in fp64."""
+    one_hot = F.one_hot(torch.tensor(labels), 3).double() * (1 - smoothing) + smoothing / 3
+    return F.cross_entropy(LOGITS.double(), lam * one_hot + (1 - lam) * one_hot.flip(0))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mix", [Mix(0.7), Mix(0.25, (0, 0, 1, 3)), Mix(1.0), Mix(0.0), Mix(0.5)])
+def test_mixed_labels_are_soft_targets(mix: Mix, smoothing: float) -> None:
+    labels = [0, 2, 0, 1]
+    objective = build_objective("classify", {"smoothing": smoothing})
+    loss, _ = objective.loss(Given(), torch.zeros(4, 3, 2, 2), torch.tensor(labels), mix)
+    assert loss.item() == pytest.approx(soft_target_loss(labels, mix.lam, smoothing).item(), rel=1e-6)
+    whole = {1.0: labels, 0.0: labels[::-1]}.get(mix.lam)
+    assert whole is None or loss.item() == pytest.approx(by_hand(whole, smoothing), rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_missing_label_leaves_its_share_out(smoothing: float) -> None:
+    """Samples 0 and 3 are partners, 1 and 2 too. Sample 1 keeps 0.7 of its own label; its partner 2, unlabelled, the 0.3 of it."""
+    labels, lam = [0, 2, -1, 1], 0.7
+    terms = [(0, 0, lam), (0, 1, 1 - lam), (1, 2, lam), (2, 2, 1 - lam), (3, 1, lam), (3, 0, 1 - lam)]
+    log_p = F.log_softmax(LOGITS.double(), dim=1)
+    expected = 0.0
+    for row, label, weight in terms:
+        expected -= weight * ((1 - smoothing) * log_p[row, label] + smoothing * log_p[row].mean()).item()
+    objective = build_objective("classify", {"smoothing": smoothing})
+    loss, _ = objective.loss(Given(), torch.zeros(4, 3, 2, 2), torch.tensor(labels), Mix(lam))
+    assert loss.item() == pytest.approx(expected / 3, rel=1e-6)  # three labels, each of weight 1 in all
+
+
+def test_a_mixed_batch_without_labels_teaches_nothing() -> None:
+    model = Given()
+    loss, metrics = build_objective("classify", {}).loss(model, torch.zeros(4, 3, 2, 2), torch.full((4,), -1), Mix(0.4))
+    loss.backward()
+    assert loss.item() == 0 and metrics["top1"].item() == 0 and not model.logits.grad.any()
+
+
+@pytest.mark.parametrize(("lam", "top1"), [(0.9, 2 / 3), (0.5, 2 / 3), (0.4, 1 / 3)])
+def test_top1_is_of_the_larger_share(lam: float, top1: float) -> None:
+    """The model answers 0, 2, 1, 1: right for two of the labels as they stand, for one of them in reversed order (0, 1, -1, 0)."""
+    assert LOGITS.argmax(dim=1).tolist() == [0, 2, 1, 1]
+    _, metrics = build_objective("classify", {}).loss(Given(), torch.zeros(4, 3, 2, 2), torch.tensor([0, -1, 1, 0]), Mix(lam))
+    assert metrics["top1"].item() == pytest.approx(top1)
 
 
 @pytest.mark.parametrize(

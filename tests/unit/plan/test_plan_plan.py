@@ -6,6 +6,8 @@ import pytest
 
 from pipeline.config import Config, parse_config
 from pipeline.plan import Plan, make_plan
+from pipeline.plan.describe import as_text, describe
+from pipeline.stream.collection import Reading
 
 MODEL = {"name": "vit", "width": 16, "depth": 2, "heads": 2, "patch": 4}
 
@@ -66,6 +68,12 @@ def test_zero_stages_share(stage: int, shares: tuple[int, int, int]) -> None:
     16-bit stage 0 as stage 1."""
     m, n = plan(workers=8, zero={"stage": stage}, precision="bf16").memory, plan().parameters
     assert (m.parameters, m.gradients, m.optimizer) == tuple(-(-b * n // s) for b, s in zip((2, 2, 12), shares, strict=True))
+
+
+def test_what_it_asks_of_the_store() -> None:
+    text = as_text(describe(config(), make_plan(config(), 1050, 5, 1, Reading(40_000, 64)), False, 1), "config")
+    assert "store        39.1 KiB a sample, 40.1 MiB an epoch; every 1,000 samples/s ask for 38.1 MiB/s in 20 requests/s" in text
+    assert Reading(40_000, 1).requests == 1000 and "store" not in as_text(describe(config(), plan(), False, 1), "config")
 
 
 def test_the_number_of_workers_changes_no_step() -> None:

@@ -15,8 +15,9 @@ from pipeline.config.schema import Image
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest
-from pipeline.stream import MicroBatch, Stream, open_dataset, open_stream
-from pipeline.stream.loader import check_pixels, evaluation_batches, in_order
+from pipeline.stream import MicroBatch, Stream, Tokenizer, open_dataset, open_stream
+from pipeline.stream.batches import FILLER, evaluation_batches, in_order
+from pipeline.stream.collection import check_pixels
 
 Maker = Callable[..., Manifest]
 BATCH, MICRO = 20, 4  # five micro-batches: no world size but 1 and 5 divides them
@@ -30,6 +31,12 @@ def url(make_dataset: Maker, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("data")
     make_dataset(Storage(str(folder)), {"train": 50, "test": 12}, width=12, height=10)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests fetched of the same bytes would hide damage."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
 def stream(url: str, rank: int = 0, world_size: int = 1, workers: int = 0, **more: object) -> Stream:
@@ -78,8 +85,9 @@ def test_the_world_size_changes_nothing(url: str, alone: list[MicroBatch], world
 
 def test_more_ranks_than_micro_batches(url: str, alone: list[MicroBatch]) -> None:
     ranks = [take(stream(url, rank, 7), 2) for rank in range(7)]
-    assert [len(r) for r in ranks] == [2] * 7 and [sum(b.weight for b in r) for r in ranks] == [2] * 5 + [0] * 2
+    assert [len(r) for r in ranks] == [2] * 7 and sorted(sum(b.weight for b in r) for r in ranks) == [0] * 2 + [2] * 5
     assert sorted(b.index for r in ranks for b in r if b.weight) == list(range(10))
+    assert {b.index for r in ranks for b in r if not b.weight} == {FILLER}
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2), (3, 1)])
@@ -150,6 +158,24 @@ def test_an_error_of_a_thread_arrives() -> None:
         next(in_order(iter(range(10)), make, 2))
 
 
+def test_captions_become_tokens(url: str) -> None:
+    tokenizer = Tokenizer.train(["train one two three", "train two three four"] * 5, 600)
+    batch = take(stream(url, tokenizer=tokenizer, text_length=12, workers=2), 1)[0]
+    assert batch.tokens is not None and torch.equal(batch.tokens, tokenizer(batch.texts, 12)) and batch.tokens.shape == (MICRO, 12)
+    assert (batch.tokens[:, 0] == tokenizer.sot).all() and (batch.tokens.max(dim=1).values == tokenizer.eot).all()
+    assert take(stream(url), 1)[0].tokens is None
+
+
+def test_mixing_is_drawn_by_micro_batch(url: str) -> None:
+    """The same at any world size; none without mixup and CutMix."""
+    how = Image(pixels=8, mixup=0.8, cutmix=1.0)
+    alone = take(stream(url, image=how), 3)
+    ranks = [take(stream(url, r, 3, image=how), 3) for r in range(3)]
+    made = sorted((b for r in ranks for b in r if b.weight), key=lambda b: b.index)
+    assert [b.mix for b in made] == [b.mix for b in alone] and len({b.mix for b in alone}) == 3 * PIECES
+    assert all(b.mix is None for b in take(stream(url), 1))
+
+
 # Evaluation
 
 
@@ -215,32 +241,43 @@ def damageable(request: pytest.FixtureRequest, make_dataset: Maker, tmp_path: Pa
     else:
         endpoint, make_bucket = request.getfixturevalue("s3")
         directory = Storage(make_bucket(), endpoint)
-    random = np.random.default_rng().integers(10, 30)  # other bytes each time: fetched shards are cached by their hash
-    make_dataset(directory, {"train": 8}, width=int(random), height=int(time.time_ns() % 50) + 10)
+    make_dataset(directory, {"train": 8}, width=12, height=10)
     yield directory
+
+
+def everything(directory: Storage, workers: int = 0) -> list[MicroBatch]:
+    return list(evaluation_batches(open_dataset(directory.url, endpoint=directory.endpoint), 8, 4, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_flipped_bit_is_noticed(damageable: Storage, workers: int) -> None:
-    dataset = open_dataset(damageable.url, endpoint=damageable.endpoint)
     shard = bytearray(damageable.read("train-00000.tar"))
     shard[700] ^= 1
     damageable.write("train-00000.tar", bytes(shard))
-    with pytest.raises(DataError, match=r"data .*train-00000.tar: .*damaged \(its (checksum|sha256) differs"):
-        list(evaluation_batches(dataset, 8, 4, workers=workers))
+    with pytest.raises(DataError, match=r"data .*/train-00000.tar: sample [0-9a-f]{20}: the bytes are not those the index names"):
+        everything(damageable, workers)
 
 
 def test_a_cut_shard_is_noticed(damageable: Storage) -> None:
     damageable.write("train-00000.tar", damageable.read("train-00000.tar")[:3000])
-    with pytest.raises(DataError, match="damaged"):
-        list(evaluation_batches(open_dataset(damageable.url, endpoint=damageable.endpoint), 8, 4))
+    with pytest.raises(
+        DataError, match=r"train-00000.tar: sample [0-9a-f]{20}: the shard ends before the sample does \(\d+ of \d+ bytes\)"
+    ):
+        everything(damageable)
 
 
-@pytest.mark.parametrize("lost", ["train-00000.tar", "train-00000.index.parquet", "shards.parquet"])
-def test_a_lost_file_is_one_sentence(damageable: Storage, lost: str) -> None:
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("train-00000.tar", r"train-00000.tar: sample [0-9a-f]{20}: the shard or its index is gone \(the shard is not there\)"),
+        ("train-00000.index.parquet", r"the shard or its index is gone \(train-00000.index.parquet is not there\)"),
+        ("shards.parquet", "shards.parquet: is missing"),
+    ],
+)
+def test_a_lost_file_is_one_sentence(damageable: Storage, lost: str, message: str) -> None:
     damageable.remove(lost)
-    with pytest.raises(DataError, match=f"{lost}: is missing"):
-        list(evaluation_batches(open_dataset(damageable.url, endpoint=damageable.endpoint), 8, 4))
+    with pytest.raises(DataError, match=message):
+        everything(damageable)
 
 
 def test_files_are_closed_again(make_dataset: Maker, tmp_path: Path) -> None:
@@ -257,4 +294,7 @@ def test_from_an_object_store(s3: tuple[str, Callable[[], str]], make_dataset: M
     directory = Storage(s3[1]() + "/data", s3[0])
     make_dataset(directory, {"train": 50, "test": 12}, width=12, height=10)
     made = take(stream(directory.url, workers=2, endpoint=directory.endpoint), 2)
+    local = take(stream(url, block=64), 2)
+    assert all(same(a, b) for a, b in zip(made, local, strict=True))
+    made = take(stream(directory.url, workers=2, endpoint=directory.endpoint, block=1), 2)
     assert all(same(a, b) for a, b in zip(made, alone, strict=False))

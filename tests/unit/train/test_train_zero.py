@@ -91,7 +91,22 @@ def close(one: list[dict[str, float]], two: list[dict[str, float]], tolerance: f
 def shop(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., Any]) -> Workshop:
     root = tmp_path_factory.mktemp("train")
     make_dataset(Storage(str(root / "data")), {"train": 50, "test": 11})
+    shutil.copytree(root / "data", root / "damaged")
+    _flip(root / "damaged" / "train-00001.tar")
     return Workshop(root)
+
+
+# Two datasets, one of them with a damaged sample; all of DeiT's augmentation.
+RICH = (
+    "data=[{url: %s/data, weight: 2}, {url: %s/damaged, weight: 1}]",
+    "pretrain.loader={bad: 1, block: 4}",
+    "pretrain.image={pixels: 8, color_jitter: 0.4, rand_augment: {}, erase: 0.25, mixup: 0.8, cutmix: 1.0, repeats: 2}",
+    "pretrain.duration=12 steps",
+)
+
+
+def rich(shop: Workshop, name: str) -> dict[str, Any]:
+    return shop.job(name, RICH[0] % (shop.root, shop.root), *RICH[1:])
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +132,7 @@ def alone(shop: Workshop) -> list[list[str] | None]:
                 "finer", f"pretrain.start={{from: {shop.root}/runs/alone@3}}", "pretrain.image.pixels=16", "pretrain.image.enlarge=true"
             ),
             shop.job("abroad", "pretrain.start={from: /elsewhere/run, load: all}"),
+            rich(shop, "rich"),
         ],
     )
 
@@ -127,7 +143,11 @@ def pair(shop: Workshop, alone: object) -> list[list[str] | None]:
     return shop.train(
         2,
         [shop.job(f"stage{n}", f"pretrain.zero.stage={n}") for n in range(4)]
-        + [shop.job("pair16", "pretrain.precision=bf16"), shop.job("child", f"pretrain.start={shop.root}/runs/alone@3")],
+        + [
+            shop.job("pair16", "pretrain.precision=bf16"),
+            shop.job("child", f"pretrain.start={shop.root}/runs/alone@3"),
+            rich(shop, "rich2"),
+        ],
     )
 
 
@@ -222,11 +242,13 @@ def resumed(shop: Workshop, alone: object, pair: object) -> list[list[str] | Non
         *((f"stage{n}", f"again{n}", f"pretrain.zero.stage={n}") for n in range(4)),
         ("pair16", "again16", "pretrain.precision=bf16"),
     ]:
-        shutil.copytree(shop.root / "runs" / old, shop.root / "runs" / new)
-        record = shop.root / "runs" / new / "run.yaml"
-        record.write_text(record.read_text().replace(f"name: {old}", f"name: {new}"))
+        _copy_run(shop, old, new)
         shutil.rmtree(shop.root / "runs" / new / "checkpoints" / "step-6")
         jobs.append(shop.job(new, override))
+    _copy_run(shop, "rich2", "rich2again")
+    for step in (9, 12):
+        shutil.rmtree(shop.root / "runs" / "rich2again" / "checkpoints" / f"step-{step}")
+    _flip(shop.root / "damaged" / "train-00001.tar")  # it is whole again
     _flip(next((shop.root / "runs" / "stage1" / "checkpoints" / "step-6").rglob("*optim_states.pt")))
     for step in (3, 6):
         _flip(next((shop.root / "runs" / "child" / "checkpoints" / f"step-{step}").rglob("mp_rank_00_model_states.pt")))
@@ -239,8 +261,15 @@ def resumed(shop: Workshop, alone: object, pair: object) -> list[list[str] | Non
             shop.job("alone"),  # of one rank
             shop.job("other-stage", "pretrain.zero.stage=2", f"{start}stage0, load: all}}"),
             shop.job("child", f"pretrain.start={shop.root}/runs/alone@3"),  # both its checkpoints are damaged now
+            rich(shop, "rich2again"),
         ],
     )
+
+
+def _copy_run(shop: Workshop, old: str, new: str) -> None:
+    shutil.copytree(shop.root / "runs" / old, shop.root / "runs" / new)
+    record = shop.root / "runs" / new / "run.yaml"
+    record.write_text(record.read_text().replace(f"name: {old}", f"name: {new}"))
 
 
 def _flip(path: Path) -> None:
@@ -279,6 +308,32 @@ def test_a_child_without_a_sound_checkpoint_does_not_begin_from_nothing(shop: Wo
     assert resumed[8] is not None and resumed[8][0] == "CheckpointError"
     assert "all are damaged and set aside; the same command again begins from" in resumed[8][1]
     assert Checkpoints(shop.directory("child")).steps() == []
+
+
+def loader_state(shop: Workshop, name: str, step: int) -> dict[str, Any]:
+    return json.loads(next((shop.root / "runs" / name / "checkpoints" / f"step-{step}").glob("*/loader.json")).read_text())
+
+
+def test_a_mixture_with_damage_and_all_augmentation_trains_the_same_on_two_ranks(
+    shop: Workshop, alone: list[list[str] | None], pair: list[list[str] | None]
+) -> None:
+    assert alone[8] is None and pair[6] is None
+    assert close(shop.rows("rich"), shop.rows("rich2"), 1e-5)
+    for step in (3, 6, 9, 12):
+        one, two = loader_state(shop, "rich", step), loader_state(shop, "rich2", step)
+        assert one == two and one["consumed"] == 20 * step
+    replaced = one["replaced"]
+    assert len({r["key"] for r in replaced}) == 1 and {(r["shard"], r["reason"]) for r in replaced} == {("train-00001.tar", "checksum")}
+    assert len(replaced) >= 2  # each view of it
+
+
+def test_what_was_replaced_stays_replaced_on_resume(shop: Workshop, resumed: list[list[str] | None]) -> None:
+    """The sample is sound again, yet what the ledger of step 6 holds is replayed; after it the sound sample is used."""
+    assert resumed[9] is None
+    known = loader_state(shop, "rich2", 6)["replaced"]
+    after = [r for r in loader_state(shop, "rich2", 12)["replaced"] if r["position"] >= 120]
+    assert loader_state(shop, "rich2again", 12)["replaced"] == known
+    assert (shop.rows("rich2again") == shop.rows("rich2")) is (not after)
 
 
 def test_nothing_was_compiled(shop: Workshop, alone: object, pair: object, three: object, resumed: object) -> None:

@@ -1,0 +1,109 @@
+"""python -m pipeline.shards adopt URL | verify URL: datasets by hand, without a config."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from pipeline.core.errors import DataError, ExitCode, TesseraError
+from pipeline.core.storage import Storage
+from pipeline.core.units import format_bytes
+
+_REMARKS = 20  # that are printed
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Datasets of tar shards, by hand."""
+
+
+_endpoint = click.option("--endpoint", envvar="AWS_ENDPOINT_URL", help="The endpoint of an S3-compatible store that URL is in.")
+
+
+@main.command()
+@click.argument("url")
+@click.option("--split", default="train", show_default=True, help="Of all tars; `auto` reads it off each name: SPLIT-00000.tar.")
+@click.option("--classes", type=click.Path(path_type=Path), help="A file of class names, one a line, in the order of their numbers.")
+@click.option(
+    "--column", "columns", multiple=True, metavar="NAME", help="Copy this number of each sample's json into the index (repeatable)."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Tars read at a time; by default one a core.")
+@click.option("--force", is_flag=True, help="Where a dataset is there already, index its tars anew.")
+@_endpoint
+def adopt(
+    url: str, split: str, classes: Path | None, columns: tuple[str, ...], workers: int | None, force: bool, endpoint: str | None
+) -> None:
+    """Make a dataset of the tars at URL that img2dataset or others wrote, in place: nothing is copied."""
+    with _exit_codes():
+        from pipeline.shards.adopt import Options, check
+        from pipeline.shards.adopt import adopt as adopt_tars
+        from pipeline.shards.tasks import start_ray
+
+        directory = Storage(url, endpoint)
+        options = Options(split, None if classes is None else _read_names(classes), tuple(dict.fromkeys(columns)))
+        check(directory, options, force)  # what is refused is refused before Ray starts
+        start_ray()
+        manifest, remarks = adopt_tars(directory, options, workers, force)
+        splits = ", ".join(f"{name} {count:,}" for name, count in manifest.splits.items())
+        width, height = manifest.smallest
+        click.echo(f"{manifest.written:,} samples adopted ({splits}), {format_bytes(manifest.bytes)}, the smallest {width}x{height} pixels")
+        for reason, count in manifest.dropped.items():
+            click.echo(f"{count:,} left out: {reason}")
+        if manifest.dropped:
+            click.echo(f"named in {directory.url}/manifest.json: {len(manifest.dropped_samples):,} of them, under dropped_samples")
+        for remark in [*remarks[:_REMARKS], *([f"and {len(remarks) - _REMARKS:,} more"] if len(remarks) > _REMARKS else [])]:
+            click.echo(f"warning: {remark}")
+
+
+@main.command()
+@click.argument("url")
+@click.option("--split", help="Only this one.")
+@click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Shards read at a time.")
+@_endpoint
+def verify(url: str, split: str | None, workers: int, endpoint: str | None) -> None:
+    """Check every byte of the dataset at URL; what is wrong is printed, and ends with exit code 3."""
+    with _exit_codes():
+        from pipeline.shards.manifest import ShardTable
+        from pipeline.shards.verify import verify as find_problems
+
+        directory, problems = Storage(url, endpoint), 0
+        for problem in find_problems(directory, split, workers):
+            problems += 1
+            click.echo(str(problem))
+        table = ShardTable(directory, split)
+        if problems:
+            raise DataError(f"data {directory.url}: {problems:,} problem{'s' * (problems > 1)} in {len(table):,} shards")
+        click.echo(f"sound: {table.samples.sum():,} samples in {len(table):,} shards, {format_bytes(float(table.bytes.sum()))}")
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    try:
+        names = path.read_text("utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"--classes {path}: cannot be read ({e})") from e
+    if not names or not all(name.strip() for name in names):
+        line = next((n for n, name in enumerate(names, 1) if not name.strip()), 1)
+        raise DataError(f"--classes {path}: line {line} is empty, each line is the name of one class")
+    return tuple(name.strip() for name in names)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """As the other commands end: one sentence for what a person can mend, else a traceback and 100."""
+    try:
+        yield
+    except TesseraError as e:
+        click.echo(f"error: {e}", err=True)
+        sys.exit(int(e.exit_code))
+    except Exception:  # noqa: BLE001  the last stop
+        traceback.print_exc()
+        sys.exit(int(ExitCode.FAILED))
+
+
+if __name__ == "__main__":
+    main()

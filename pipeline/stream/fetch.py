@@ -1,0 +1,47 @@
+"""Bytes from a store that may stutter: what passes is tried again with growing, random pauses; what stays is told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from pipeline.core.errors import InfrastructureError, StorageError
+from pipeline.core.progress import say
+
+T = TypeVar("T")
+
+ATTEMPTS = 8  # with the pauses below: half a minute on average, over a minute at most, beside the store's own time
+_PAUSE, _LONGEST = 0.25, 15.0  # seconds; the k-th pause is uniform in [0, min(_LONGEST, _PAUSE 2^k)] ("full jitter")
+_GONE = 2  # attempts where the store says that there is no such object
+
+
+def retrying(what: str, action: Callable[[], T]) -> T:
+    """The result of `action`, tried again where the store fails (errors 5xx, slow-down, resets, time-outs).
+
+    Raises:
+        FileNotFoundError: the store says so twice. InfrastructureError: the store kept failing. CredentialsError: at once.
+    """
+    retry = Retrying(
+        retry=retry_if_exception_type((StorageError, FileNotFoundError)),
+        wait=wait_random_exponential(multiplier=_PAUSE, max=_LONGEST),
+        stop=_enough,
+        before_sleep=lambda state: _tell(what, state),
+        reraise=True,
+    )
+    try:
+        return retry(action)
+    except StorageError as e:
+        raise InfrastructureError(f"data {what}: could not be read in {ATTEMPTS} attempts ({e})") from e
+
+
+def _enough(state: RetryCallState) -> bool:
+    error = state.outcome.exception() if state.outcome else None
+    return stop_after_attempt(_GONE if isinstance(error, FileNotFoundError) else ATTEMPTS)(state)
+
+
+def _tell(what: str, state: RetryCallState) -> None:
+    if state.attempt_number >= 3:  # a stutter is no news
+        error = state.outcome.exception() if state.outcome else None
+        say(f"warning: reading {what} failed {state.attempt_number} times, trying again ({error})")

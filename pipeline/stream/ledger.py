@@ -1,0 +1,121 @@
+"""Samples that could not be read, and what stood in for them: kept with the checkpoint, replayed on resume.
+
+A bad sample at position p is replaced by another sample of its dataset, drawn from (seed, epoch, sample) alone, so any
+rank that meets it takes the same. What is in the ledger is replaced without being tried again: a fault that has passed
+meanwhile does not change what an unbroken run would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.core.errors import DataError
+from pipeline.stream.random import Random
+
+REASONS = {
+    "missing": "the shard or its index is gone",
+    "index": "the shard's index is damaged",
+    "truncated": "the shard ends before the sample does",
+    "checksum": "the bytes are not those the index names",
+    "undecodable": "the bytes are as indexed, and no readable image",
+}
+_ATTEMPTS = 100  # replacements that are bad too, before giving up
+_GRACE = 1000  # a fraction of fewer samples than these means little
+_SALT = 0x7E55E7A
+
+
+class BadSample(Exception):
+    """A sample that stays unreadable after retries; `reason` is one of `REASONS`."""
+
+    def __init__(self, shard: str, key: str, reason: str, detail: str) -> None:
+        super().__init__(shard, key, reason, detail)
+        self.shard, self.key, self.reason, self.detail = shard, key, reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key}: {REASONS[self.reason]} ({self.detail})"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """At `position` of the whole sequence, sample `number` of dataset `dataset` gave way to sample `by`."""
+
+    position: int
+    dataset: int
+    number: int
+    by: int
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+
+def substitutes(seed: int, epoch: int, number: int, size: int) -> Iterator[int]:
+    """Sample numbers to try in place of `number`, the same for everybody."""
+    random = Random(seed, epoch, number, _SALT)
+    return (random.integer(size) for _ in range(_ATTEMPTS))
+
+
+class Ledger:
+    """The replacements so far. `limit` is the largest fraction of samples that may be replaced."""
+
+    def __init__(self, entries: Iterable[Replacement] = (), limit: float = 1.0) -> None:
+        self.limit = limit
+        self._entries = {e.position: e for e in entries}
+        self._unmerged: list[Replacement] = []
+        self._seen = self._new = 0  # samples handed out by this rank, and those of them replaced for the first time
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Replacement]:
+        return iter(sorted(self._entries.values(), key=lambda e: e.position))
+
+    def at(self, position: int) -> Replacement | None:
+        return self._entries.get(position)
+
+    def add(self, samples: int, replaced: Sequence[Replacement]) -> None:
+        """Count `samples` handed out by this rank, `replaced` among them.
+
+        Raises:
+            DataError: more were replaced than the limit allows.
+        """
+        self._seen += samples
+        new = [r for r in replaced if self._entries.get(r.position) != r]
+        self._new += len(new)
+        self._entries |= {r.position: r for r in new}
+        self._unmerged += new
+        if new:
+            self._check(self._new, self._seen, new[-1])
+
+    def unmerged(self) -> list[Replacement]:
+        """What this rank has replaced since the last merge."""
+        return self._unmerged
+
+    def merge(self, ranks: Iterable[Sequence[Replacement]], consumed: int) -> list[Replacement]:
+        """Take over what all ranks replaced, so that the ledger is the same on each; gives that, in order.
+
+        Raises:
+            DataError: of `consumed` samples more were replaced than the limit allows.
+        """
+        new = sorted((r for rank in ranks for r in rank), key=lambda r: r.position)
+        self._entries |= {r.position: r for r in new}
+        self._unmerged = []
+        if new:
+            self._check(len(self), consumed, new[-1])
+        return new
+
+    def _check(self, replaced: int, seen: int, last: Replacement) -> None:
+        if replaced > self.limit * max(seen, _GRACE):
+            raise DataError(
+                f"pretrain.loader.bad: {replaced} of {seen} samples could not be read, more than the allowed fraction "
+                f"{self.limit:g}; the last is sample {last.key} in {last.shard}: {REASONS[last.reason]} ({last.detail})"
+            )
+
+    def as_values(self) -> list[dict[str, Any]]:
+        return [asdict(e) for e in self]
+
+    @staticmethod
+    def from_values(values: Iterable[Mapping[str, Any]], limit: float = 1.0) -> Ledger:
+        return Ledger((Replacement(**v) for v in values), limit)

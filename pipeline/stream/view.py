@@ -1,0 +1,149 @@
+"""What is left of a dataset by deny-lists and bounds: worked out once a machine, as the rows left out of each shard.
+
+The view's name is a hash of the lists' bytes and of the bounds, so it is known before the work is done, and is the same
+everywhere. The work itself (one look at every index) is kept in the machine's cache as a Parquet file, a row a shard, and
+read again piece by piece, so that the rows left out of a million shards need not be in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import fingerprint
+from pipeline.config.schema import Bound
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.progress import Progress
+from pipeline.core.storage import Storage
+from pipeline.stream.cache import Cache
+
+_GROUP = 1024  # shards a row group, and so in memory at once
+_READERS = 8
+_SCHEMA = pa.schema([("kept", pa.int64()), ("left_out", pa.list_(pa.int32()))])
+
+ReadIndex = Callable[[int, Sequence[str] | None], pa.Table]  # (shard, columns; None: all) -> those of them that its index has
+
+
+class Rule:
+    """The keys and bounds that decide over a sample."""
+
+    def __init__(self, deny: Sequence[str], where: Mapping[str, Bound], endpoint: str | None = None) -> None:
+        """Raises DataError where a list cannot be read."""
+        digests, keys = [], set[str]()
+        for url in deny:
+            data = _read_list(url, endpoint)
+            digests.append(hashlib.sha256(data).hexdigest())
+            keys.update(_keys_of(data, url))
+        self.keys, self.where = frozenset(keys), dict(where)
+        bounds = {column: bound.model_dump() for column, bound in self.where.items()}
+        self.hash = fingerprint({"deny": sorted(digests), "where": bounds})
+
+    def left_out(self, index: pa.Table, name: str) -> np.ndarray:
+        """Rows of an index that go, int32, ascending. Raises ConfigError for a column that is not there or holds no numbers."""
+        go = np.zeros(len(index), dtype=bool)
+        if self.keys:
+            go |= np.fromiter((key in self.keys for key in index["key"].to_pylist()), bool, len(index))
+        for column, bound in self.where.items():
+            if column not in index.column_names or not (
+                pa.types.is_floating(index.schema.field(column).type) or pa.types.is_integer(index.schema.field(column).type)
+            ):
+                raise ConfigError(
+                    f"data.where.{column}: the index {name} has no such column of numbers (there: {', '.join(numeric(index.schema))})"
+                )
+            values = index[column].to_numpy().astype(np.float64)  # a missing value becomes nan, which no bound admits
+            low, high = -np.inf if bound.min is None else bound.min, np.inf if bound.max is None else bound.max
+            go |= ~((values >= low) & (values <= high))
+        return np.flatnonzero(go).astype(np.int32)
+
+
+class Selection:
+    """`kept` (shards,) int64: samples left in each shard."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path)
+        self.kept = self._file.read(columns=["kept"])["kept"].to_numpy()
+        self._group = lru_cache(maxsize=4)(
+            lambda group: self._file.read_row_group(group, columns=["left_out"])["left_out"].combine_chunks()
+        )
+
+    def left_out(self, shard: int) -> np.ndarray:
+        """Rows of `shard` that are left out, ascending. int32."""
+        group, row = divmod(shard, _GROUP)
+        return self._group(group)[row].values.to_numpy()
+
+
+def select(rule: Rule, name: str, shards: Sequence[str], read: ReadIndex, cache: Cache) -> Selection:
+    """Apply `rule` to the dataset view called `name`, or take what was worked out on this machine before."""
+    file = f"view-{hashlib.sha256(name.encode()).hexdigest()[:32]}.parquet"
+    path = cache.path / "views" / file
+    path.parent.mkdir(exist_ok=True)
+    with cache.lock(file):
+        if not path.exists():
+            temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+            try:
+                _write(temporary, rule, shards, read)
+                temporary.rename(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return Selection(path)
+
+
+def _write(path: Path, rule: Rule, shards: Sequence[str], read: ReadIndex) -> None:
+    columns = [*(["key"] if rule.keys else []), *rule.where]
+
+    def one(shard: int) -> tuple[int, np.ndarray]:
+        index = read(shard, columns)
+        if len(index.column_names) < len(columns):
+            index = read(shard, None)  # to say which there are
+        rows = rule.left_out(index, shards[shard])
+        return len(index) - len(rows), rows
+
+    with (
+        pq.ParquetWriter(path, _SCHEMA) as writer,
+        ThreadPoolExecutor(_READERS) as pool,
+        Progress("filter", len(shards), "shards") as shown,
+    ):
+        for group in _groups(len(shards)):
+            done = []
+            for result in pool.map(one, group):
+                done.append(result)
+                shown.update()
+            writer.write_table(pa.table([[kept for kept, _ in done], [rows for _, rows in done]], schema=_SCHEMA), row_group_size=_GROUP)
+
+
+def _groups(count: int) -> Iterator[range]:
+    return (range(start, min(start + _GROUP, count)) for start in range(0, count, _GROUP))
+
+
+def numeric(schema: pa.Schema) -> list[str]:
+    """Columns that bounds can be put on."""
+    return [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+
+
+def _read_list(url: str, endpoint: str | None) -> bytes:
+    folder, _, name = url.rpartition("/")
+    try:
+        return Storage(folder or ".", endpoint).read(name)
+    except FileNotFoundError:
+        raise DataError(f"data.deny: there is no list {url}") from None
+
+
+def _keys_of(data: bytes, url: str) -> Iterable[str]:
+    if data[:4] == b"PAR1":
+        table = pq.read_table(io.BytesIO(data))
+        if "key" not in table.column_names:
+            raise DataError(f"data.deny: {url} has no column 'key' (there: {', '.join(table.column_names)})")
+        return [str(key) for key in table["key"].to_pylist()]
+    try:
+        return [line.strip() for line in data.decode().splitlines() if line.strip()]
+    except UnicodeDecodeError as e:
+        raise DataError(f"data.deny: {url} is neither Parquet nor UTF-8 text ({e})") from e
