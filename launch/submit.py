@@ -15,9 +15,10 @@ from typing import Any
 import click
 import yaml
 
-from pipeline.__main__ import exit_codes, run_here
+from pipeline.__main__ import run_here
 from pipeline.config import Config, load_config
 from pipeline.config.load import apply_override, parse_config
+from pipeline.core.command import exit_codes
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.storage import Storage
 

@@ -5,33 +5,18 @@ Without a cluster (no RAY_ADDRESS) it starts Ray on this machine.
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from pipeline.config import Config, load_config
-from pipeline.core.errors import ExitCode, TesseraError
+from pipeline.core.cluster import connect_ray
+from pipeline.core.command import exit_codes
 from pipeline.core.tracking import redact
-
-
-def connect_ray(local: bool) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start Ray here."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task that asks for no GPU sees none
-    import ray
-
-    # What workers have to say comes through the relay of the stage; their raw output stays in Ray's log files.
-    ray.init(
-        address="local" if local else "auto", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if local else None
-    )
 
 
 def run_here(config: Config, *, command: str, fresh: bool = False, local: bool) -> None:
@@ -59,20 +44,6 @@ def run_here(config: Config, *, command: str, fresh: bool = False, local: bool) 
     mlflow = os.path.relpath(Path(sys.executable).parent / "mlflow")
     click.echo(f"MLflow {f'{mlflow} ui --backend-store-uri {shlex.quote(uri)}' if uri.startswith('sqlite') else redact(uri)}")
     click.echo(f"ran in {time.monotonic() - began:.0f} s")
-
-
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """End the process as the commands promise: what a person can mend in one sentence and with the exit code of its
-    kind; anything else is a defect of ours, with its traceback."""
-    try:
-        yield
-    except TesseraError as e:
-        click.echo(f"error: {e}", err=True)
-        sys.exit(int(e.exit_code))
-    except Exception:  # noqa: BLE001  the last stop
-        traceback.print_exc()
-        sys.exit(int(ExitCode.FAILED))
 
 
 @click.command()

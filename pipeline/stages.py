@@ -33,9 +33,10 @@ from pipeline.plan import Plan, make_plan
 from pipeline.report.page import write_report
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
-from pipeline.stream import Collection, Tokenizer, open_collection
+from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
+from pipeline.stream.text import Tokenizer
 from pipeline.train.job import count_workers, pretrain
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES

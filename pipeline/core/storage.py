@@ -72,7 +72,7 @@ class Storage:
         # An instance reused after a fork raises in s3fs; a new process opens its own.
         if self._fs is None or self._pid != os.getpid():
             options = dict(_S3_OPTIONS) if self.protocol in ("s3", "s3a") else {}
-            if self.endpoint:
+            if self.endpoint and self.protocol not in ("http", "https"):
                 options["endpoint_url"] = self.endpoint
             try:
                 self._fs = fsspec.filesystem(self.protocol, **options)
@@ -94,7 +94,8 @@ class Storage:
         return child
 
     def _at(self, key: str) -> str:
-        return f"{self.path}/{key}" if key else self.path
+        path = f"{self.path}/{key}" if key else self.path
+        return f"{self.protocol}://{path}" if self.protocol in ("http", "https") else path  # fsspec's http wants the whole URL
 
     # Reading
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 
 import click
 
-from pipeline.core.errors import DataError, ExitCode, TesseraError
+from pipeline.core.cluster import connect_ray
+from pipeline.core.command import exit_codes
+from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
 from pipeline.core.units import format_bytes
 
@@ -39,15 +38,14 @@ def adopt(
     url: str, split: str, classes: Path | None, columns: tuple[str, ...], workers: int | None, force: bool, endpoint: str | None
 ) -> None:
     """Make a dataset of the tars at URL that img2dataset or others wrote, in place: nothing is copied."""
-    with _exit_codes():
+    with exit_codes():
         from pipeline.shards.adopt import Options, check
         from pipeline.shards.adopt import adopt as adopt_tars
-        from pipeline.shards.tasks import start_ray
 
         directory = Storage(url, endpoint)
         options = Options(split, None if classes is None else _read_names(classes), tuple(dict.fromkeys(columns)))
         check(directory, options, force)  # what is refused is refused before Ray starts
-        start_ray()
+        connect_ray(local="RAY_ADDRESS" not in os.environ)
         manifest, remarks = adopt_tars(directory, options, workers, force)
         splits = ", ".join(f"{name} {count:,}" for name, count in manifest.splits.items())
         width, height = manifest.smallest
@@ -67,7 +65,7 @@ def adopt(
 @_endpoint
 def verify(url: str, split: str | None, workers: int, endpoint: str | None) -> None:
     """Check every byte of the dataset at URL; what is wrong is printed, and ends with exit code 3."""
-    with _exit_codes():
+    with exit_codes():
         from pipeline.shards.manifest import ShardTable
         from pipeline.shards.verify import verify as find_problems
 
@@ -90,19 +88,6 @@ def _read_names(path: Path) -> tuple[str, ...]:
         line = next((n for n, name in enumerate(names, 1) if not name.strip()), 1)
         raise DataError(f"--classes {path}: line {line} is empty, each line is the name of one class")
     return tuple(name.strip() for name in names)
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """As the other commands end: one sentence for what a person can mend, else a traceback and 100."""
-    try:
-        yield
-    except TesseraError as e:
-        click.echo(f"error: {e}", err=True)
-        sys.exit(int(e.exit_code))
-    except Exception:  # noqa: BLE001  the last stop
-        traceback.print_exc()
-        sys.exit(int(ExitCode.FAILED))
 
 
 if __name__ == "__main__":

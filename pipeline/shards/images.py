@@ -24,7 +24,7 @@ _FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that a shard holds as they are
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 # What Pillow's plugins raise on damaged files.
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -69,7 +69,7 @@ class Dropped:
     detail: str
 
 
-class _Drop(Exception):
+class Drop(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.dropped = Dropped(reason, detail)
@@ -83,26 +83,26 @@ def check_image(data: bytes, images: ShardImages) -> Checked | Dropped:
     """
     try:
         return _check(data, images)
-    except _Drop as e:
+    except Drop as e:
         return e.dropped
     except Image.DecompressionBombError as e:
         return Dropped("too-large", str(e))
-    except _BROKEN as e:
-        return Dropped("corrupt", _describe(e))
+    except BROKEN as e:
+        return Dropped("corrupt", describe_error(e))
 
 
 def _check(data: bytes, images: ShardImages) -> Checked:
     if not data:
-        raise _Drop("empty", "the file has no bytes")
-    with _open(data) as image:
+        raise Drop("empty", "the file has no bytes")
+    with open_image(data) as image:
         _check_size(image.size, images)
         size = resized(image.size, images.resize)
         if size[0] * size[1] > images.max_pixels:
-            raise _Drop("too-large", f"would be {size[0]}x{size[1]}, the most is {images.max_pixels} pixels")
+            raise Drop("too-large", f"would be {size[0]}x{size[1]}, the most is {images.max_pixels} pixels")
         if image.format == "JPEG":
             return _check_jpeg(data, image, size)
         if image.format == "PNG":
-            with _open(data) as again:
+            with open_image(data) as again:
                 again.verify()  # the checksums of all chunks, which decoding does not look at
         still = image.format != "GIF" and getattr(image, "n_frames", 1) == 1
         image.load()
@@ -130,12 +130,12 @@ def _decode_jpeg(data: bytes, image: Image.Image, size: tuple[int, int]) -> np.n
         pixels = simplejpeg.decode_jpeg(data, colorspace="gray" if image.mode == "L" else "rgb", **least)
     except ValueError as e:
         if any(words in str(e).lower() for words in _DAMAGE):
-            raise _Drop("corrupt", _describe(e)) from e
+            raise Drop("corrupt", describe_error(e)) from e
         return None
     return pixels[..., 0] if image.mode == "L" else pixels
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Header only. Pillow's own limit on pixels is lifted meanwhile: it would warn, and refuse what the config allows."""
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -143,8 +143,8 @@ def _open(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except Image.UnidentifiedImageError as e:
             if data.startswith(_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
-                raise _Drop("corrupt", "the header is damaged or cut off") from e
-            raise _Drop("not-an-image", f"begins with {data[:16]!r}") from e
+                raise Drop("corrupt", "the header is damaged or cut off") from e
+            raise Drop("not-an-image", f"begins with {data[:16]!r}") from e
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if image.format == "MPO":  # a JPEG with further pictures behind it
@@ -155,9 +155,9 @@ def _open(data: bytes) -> Image.Image:
 def _check_size(size: tuple[int, int], images: ShardImages) -> None:
     width, height = size
     if width * height > images.max_pixels:
-        raise _Drop("too-large", f"{width}x{height}, the most is {images.max_pixels} pixels")
+        raise Drop("too-large", f"{width}x{height}, the most is {images.max_pixels} pixels")
     if min(size) < images.min_pixels:
-        raise _Drop("too-small", f"{width}x{height}, the shorter side needs {images.min_pixels} pixels")
+        raise Drop("too-small", f"{width}x{height}, the shorter side needs {images.min_pixels} pixels")
 
 
 def resized(size: tuple[int, int], resize: Resize | None) -> tuple[int, int]:
@@ -175,7 +175,7 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
     """How to turn the image upright. A damaged EXIF block says nothing about the pixels, so it counts as upright."""
     try:
         return _UPRIGHT.get(image.getexif().get(0x0112, 1))
-    except _BROKEN:
+    except BROKEN:
         return None
 
 
@@ -184,7 +184,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F", "LAB"):
-        raise _Drop("unsupported", f"pixels of kind {image.mode!r} have no agreed range of brightness")
+        raise Drop("unsupported", f"pixels of kind {image.mode!r} have no agreed range of brightness")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -209,6 +209,6 @@ def _encode(image: Image.Image, extension: str) -> Checked:
     return Checked(data, extension, *image.size)
 
 
-def _describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The error's own words, without memory addresses, which would differ from run to run."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip()[:200] or type(error).__name__

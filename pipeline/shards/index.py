@@ -82,7 +82,7 @@ class TarIndex:
     """
 
     def __init__(self, labels: int | None = None, columns: Sequence[str] = ()) -> None:
-        self._labels, self._columns = labels or samples._MOST_LABELS, columns
+        self._labels, self._columns = labels or samples.MOST_LABELS, columns
         self._found: dict[str, tuple[frozenset[str], dict[str, Any] | Dropped]] = {}  # key -> the members used, its row
         self._others: list[tuple[str, Dropped]] = []
         self.ignored = 0
@@ -213,12 +213,12 @@ def image_size(data: bytes) -> tuple[int, int] | Dropped:
         except ValueError:
             pass  # Pillow reads kinds that this does not, and has words for the others
     try:
-        with images._open(data) as image:
+        with images.open_image(data) as image:
             width, height = image.size
-    except images._Drop as e:
+    except images.Drop as e:
         return e.dropped
-    except images._BROKEN as e:
-        return Dropped("corrupt", images._describe(e))
+    except images.BROKEN as e:
+        return Dropped("corrupt", images.describe_error(e))
     if not (0 < width <= _LARGEST and 0 < height <= _LARGEST):
         return Dropped("corrupt", f"its header says {width}x{height}")
     return width, height

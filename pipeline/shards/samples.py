@@ -14,7 +14,7 @@ from pipeline.shards.sources import FolderSource, Item
 
 _READERS = 8  # files read at once: an object store answers each in tens of milliseconds
 _AHEAD = 16  # items read before they are needed
-_MOST_LABELS = 1_000_000
+MOST_LABELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def make_sample(key: str, item: Item, files: Files, images: ShardImages, ids: di
     try:
         label = _label(item, files.side.get("cls"), ids)
     except ValueError:
-        most = len(ids) or _MOST_LABELS
+        most = len(ids) or MOST_LABELS
         return Dropped("bad-cls", f"{item.side['cls']} holds {files.side['cls'][:40]!r}, not a whole number from 0 to {most - 1}")
     text = files.side.get("txt")
     try:
@@ -95,7 +95,7 @@ def _label(item: Item, side: bytes | None, ids: dict[str, int]) -> int:
     if side is None:
         return -1
     label = int(side.decode("ascii").strip())
-    if not 0 <= label < (len(ids) or _MOST_LABELS):
+    if not 0 <= label < (len(ids) or MOST_LABELS):
         raise ValueError("out of range")
     return label
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
@@ -16,15 +14,6 @@ from pipeline.core.errors import InfrastructureError, find_error
 T = TypeVar("T")
 
 _POLL = 1.0  # seconds
-
-
-def start_ray() -> None:
-    """For a command of this room: join the cluster that RAY_ADDRESS names, or start Ray here."""
-    local = "RAY_ADDRESS" not in os.environ
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local" if local else "auto", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if local else None
-    )
 
 
 def run_tasks(

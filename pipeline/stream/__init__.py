@@ -4,6 +4,5 @@ from pipeline.stream.batches import MicroBatch
 from pipeline.stream.collection import Collection, open_collection
 from pipeline.stream.loader import Stream, open_stream
 from pipeline.stream.reader import Dataset, open_dataset
-from pipeline.stream.text import Tokenizer
 
-__all__ = ["Collection", "Dataset", "MicroBatch", "Stream", "Tokenizer", "open_collection", "open_dataset", "open_stream"]
+__all__ = ["Collection", "Dataset", "MicroBatch", "Stream", "open_collection", "open_dataset", "open_stream"]

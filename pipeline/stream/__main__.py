@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.core.errors import DataError, ExitCode, TesseraError, UserError
+from pipeline.core.command import exit_codes
+from pipeline.core.errors import DataError, UserError
 from pipeline.core.storage import Storage
 from pipeline.core.units import format_bytes
 
@@ -80,7 +78,7 @@ def main(**options: Any) -> None:
     """Look into DATASET. Without an option that asks for something: what it holds."""
     asked = Asked(**options)
     _check_usage(asked)
-    with _exit_codes():
+    with exit_codes():
         found: dict[str, Any] = {}
         for name, values, text in _answers(asked):
             if not asked.as_json:
@@ -202,21 +200,6 @@ def _verify(asked: Asked, dataset: Dataset) -> tuple[str, Any, str]:
         f"{'NOT sound' if problems else 'sound'}: {read['samples']:,} samples in {read['shards']:,} shards, {format_bytes(read['bytes'])}"
     )
     return "verify", {"problems": problems, **read}, text
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """As the other commands end: one sentence for what a person can mend, else a traceback and 100."""
-    try:
-        yield
-    except TesseraError as e:
-        click.echo(f"error: {e}", err=True)
-        sys.exit(int(e.exit_code))
-    except BrokenPipeError:  # `| head`: click's to handle
-        raise
-    except Exception:  # noqa: BLE001  the last stop
-        traceback.print_exc()
-        sys.exit(int(ExitCode.FAILED))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,7 +31,9 @@ from pipeline.stream.mixture import Mixture, Places
 from pipeline.stream.prefetch import Block
 from pipeline.stream.random import Random
 from pipeline.stream.reader import Dataset, Sample
-from pipeline.stream.text import Tokenizer
+
+if TYPE_CHECKING:  # a command of its own
+    from pipeline.stream.text import Tokenizer
 
 
 class Stream:

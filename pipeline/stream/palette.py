@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 import threading
 from collections.abc import Iterable
 
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.core.errors import DataError, TesseraError, UserError
+from pipeline.core.command import exit_codes
+from pipeline.core.errors import DataError, UserError
+from pipeline.core.files import read_checked, split_file
 from pipeline.core.progress import Progress
 from pipeline.stream.decode import decode, evaluation_view
 from pipeline.stream.reader import Dataset, open_dataset
-from pipeline.stream.text import read_checked, split_file
 
 _LARGEST = 2**15  # colours; a number fits in 16 bits
 _STEPS, _BATCH, _FIRST = 500, 4096, 16384  # of k-means: steps, pixels a step, pixels of the first, which the centres start at
@@ -172,7 +172,7 @@ def _nearest(colors: np.ndarray) -> np.ndarray:
 @click.option("--endpoint", envvar="AWS_ENDPOINT_URL", help="The endpoint of the S3-compatible store that the URLs are of.")
 def main(dataset: str, out: str, colors: int, pixels: int, samples: int, split: str, endpoint: str | None) -> None:
     """Find the COLORS that fit the images of DATASET best, and write them to OUT.npy; a picture beside it shows what is lost."""
-    try:
+    with exit_codes():
         directory, name = split_file(out, endpoint)
         directory.check_writable()
         images = _views(open_dataset(dataset, split, endpoint), pixels, samples)
@@ -180,9 +180,6 @@ def main(dataset: str, out: str, colors: int, pixels: int, samples: int, split: 
         palette.save(out, endpoint)
         picture = name.removesuffix(".npy") + ".png"
         directory.write(picture, _compare(images[:8], palette))
-    except TesseraError as e:
-        click.echo(f"error: {e}", err=True)
-        sys.exit(int(e.exit_code))
     error, plain = (p.error(images[:1000]) for p in (palette, Palette.three_bit()))
     click.echo(f"error    {error:.2f} of 255 levels, root mean square; {plain:.2f} with three_bit")
     click.echo(f"sha256   {palette.hash}\npicture  {directory.url}/{picture}")

@@ -13,7 +13,6 @@ import html
 import json
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -25,9 +24,10 @@ import torch
 import yaml
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from pipeline.core.errors import DataError, TesseraError, UserError
+from pipeline.core.command import exit_codes
+from pipeline.core.errors import DataError, UserError
+from pipeline.core.files import read_checked, split_file
 from pipeline.core.progress import Progress, say
-from pipeline.core.storage import Storage
 from pipeline.stream.reader import open_dataset
 
 # Captions are tokenized by the loader's threads, which are parallel enough; said aloud, it also keeps forks quiet.
@@ -144,40 +144,6 @@ def _engine(model: models.BPE) -> tokenizers.Tokenizer:
     return engine
 
 
-class _Web(Storage):
-    """fsspec's http takes a file's whole URL for its path."""
-
-    def _at(self, key: str) -> str:
-        return f"{self.protocol}://{super()._at(key)}"
-
-
-def split_file(url: str, endpoint: str | None = None) -> tuple[Storage, str]:
-    """The directory of the file at `url`, and its name there; `endpoint` is that of object stores."""
-    folder, slash, name = url.rpartition("/")
-    if not name:
-        raise UserError(f"{url!r}: names a directory, a file is wanted")
-    if url.startswith(("http://", "https://")):
-        return _Web(folder), name
-    return Storage(folder or slash or ".", endpoint), name
-
-
-def read_checked(url: str, sha256: str | None = None, endpoint: str | None = None) -> bytes:
-    """The bytes of the file at `url`.
-
-    Raises:
-        DataError: there is no such file, or its sha256 is not the one given.
-    """
-    directory, name = split_file(url, endpoint)
-    try:
-        data = directory.read(name)
-    except FileNotFoundError:
-        raise DataError(f"{url}: there is no such file") from None
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256.strip().lower():
-        raise DataError(f"{url}: this is another file, its sha256 is {found} and {sha256} was expected")
-    return data
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("dataset")
 @click.argument("out", metavar="OUT.json")
@@ -186,7 +152,7 @@ def read_checked(url: str, sha256: str | None = None, endpoint: str | None = Non
 @click.option("--endpoint", envvar="AWS_ENDPOINT_URL", help="The endpoint of the S3-compatible store that the URLs are of.")
 def main(dataset: str, out: str, size: int, split: str, endpoint: str | None) -> None:
     """Learn a tokenizer from the captions of DATASET, and write it to OUT.json."""
-    try:
+    with exit_codes():
         directory, name = split_file(out, endpoint)
         directory.check_writable()
         samples = open_dataset(dataset, split, endpoint)
@@ -200,9 +166,6 @@ def main(dataset: str, out: str, size: int, split: str, endpoint: str | None) ->
 
         tokenizer = Tokenizer.train(captions(), size)
         tokenizer.save(out, endpoint)
-    except TesseraError as e:
-        click.echo(f"error: {e}", err=True)
-        sys.exit(int(e.exit_code))
     few = "" if tokenizer.size == size else f" (the captions yield no more of the {size:,})"
     click.echo(f"tokens  {tokenizer.size:,}{few}")
     click.echo(f"sha256  {tokenizer.hash}")

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from pipeline.config import fingerprint
 from pipeline.config.schema import Bound
 from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.files import read_checked
 from pipeline.core.progress import Progress
-from pipeline.core.storage import Storage
 from pipeline.stream.cache import Cache
 
 _GROUP = 1024  # shards a row group, and so in memory at once
@@ -40,7 +40,10 @@ class Rule:
         """Raises DataError where a list cannot be read."""
         digests, keys = [], set[str]()
         for url in deny:
-            data = _read_list(url, endpoint)
+            try:
+                data = read_checked(url, endpoint=endpoint)
+            except DataError as e:
+                raise DataError(f"data.deny: {e}") from e
             digests.append(hashlib.sha256(data).hexdigest())
             keys.update(_keys_of(data, url))
         self.keys, self.where = frozenset(keys), dict(where)
@@ -127,14 +130,6 @@ def _groups(count: int) -> Iterator[range]:
 def numeric(schema: pa.Schema) -> list[str]:
     """Columns that bounds can be put on."""
     return [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
-
-
-def _read_list(url: str, endpoint: str | None) -> bytes:
-    folder, _, name = url.rpartition("/")
-    try:
-        return Storage(folder or ".", endpoint).read(name)
-    except FileNotFoundError:
-        raise DataError(f"data.deny: there is no list {url}") from None
 
 
 def _keys_of(data: bytes, url: str) -> Iterable[str]:

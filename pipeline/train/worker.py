@@ -31,7 +31,8 @@ from pipeline.models import build_model
 from pipeline.models.vit import VisionTransformer
 from pipeline.objectives import build_objective
 from pipeline.plan import Plan, make_plan
-from pipeline.stream import Collection, Stream, Tokenizer, open_collection, open_dataset, open_stream
+from pipeline.stream import Collection, Stream, open_collection, open_dataset, open_stream
+from pipeline.stream.text import Tokenizer
 from pipeline.train.loop import Row, train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.saving import restore, restore_from, save

@@ -337,7 +337,7 @@ def test_temporary_disk_that_is_full_when_a_checkpoint_is_written(tmp_path: Path
     with mounted(tmp_path / "disk", "size=2m") as disk:
         monkeypatch.setattr("tempfile.tempdir", str(disk))
         with pytest.raises(StorageError, match=f"{disk}.*cannot write the checkpoint here, the disk is full .TMPDIR names another place"):
-            save(Large(), checkpoints, card, "none", 4, [], 1, World())  # type: ignore[arg-type]
+            save(Large(), checkpoints, card, {"view": "none", "consumed": 4}, [], 1, World())  # type: ignore[arg-type]
         assert checkpoints.steps() == [] and not any(disk.iterdir())
 
 

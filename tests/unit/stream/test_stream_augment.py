@@ -126,7 +126,7 @@ def test_flips_start_no_threads(threads: int) -> None:
             ratios.append((time.process_time() - process) / (time.thread_time() - own))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(out, image.flip(1)) and min(ratios) < 1.05, ratios
+    assert torch.equal(out, image.flip(1)) and np.median(ratios) < 1.1, ratios
 
 
 def test_no_crop_is_the_view_of_evaluation() -> None:

@@ -15,9 +15,10 @@ from pipeline.config.schema import Image
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest
-from pipeline.stream import MicroBatch, Stream, Tokenizer, open_dataset, open_stream
+from pipeline.stream import MicroBatch, Stream, open_dataset, open_stream
 from pipeline.stream.batches import FILLER, evaluation_batches, in_order
 from pipeline.stream.collection import check_pixels
+from pipeline.stream.text import Tokenizer
 
 Maker = Callable[..., Manifest]
 BATCH, MICRO = 20, 4  # five micro-batches: no world size but 1 and 5 divides them

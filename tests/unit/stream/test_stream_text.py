@@ -35,7 +35,7 @@ THINGS = ["dog", "café", "Straße", "собака", "東京タワー", "lightho
 CAPTIONS = [
     "", " ", "\n\t", "a photo of a dog", "  Many   spaces\tand\nlines\r\n ", "It's, we've, I'M, they'LL, she'd, you're, can't; 'twas",
     "'''s ''ll \"'re 'x 's's", "“Curly” ‘quotes’ – dashes…", "&amp;lt;b&amp;gt; &#39;s &eacute; &nbsp; &amp;amp;amp; &unknown; &#x1F600;",  # noqa: RUF001
-    "<p>&lt;tag&gt; 5 &gt; 3</p>", "2019 was 1,000.50 €; ½ ² Ⅷ ४५ ①", "日本語のテキスト 한국어 العربية हिन्दी ไทย", "😀 👨‍👩‍👧 🇩🇪 ❤️ 👍🏽", "e\u0301 ﬁ ﬆ ＡＢＣ İstanbul ẞ ǅ ſ 'ſ",  # noqa: RUF001
+    "<p>&lt;tag&gt; 5 &gt; 3</p>", "<b> &amp;lt;i&amp;gt; &amp;amp;amp;", "2019 was 1,000.50 €; ½ ² Ⅷ ४५ ①", "日本語のテキスト 한국어 العربية हिन्दी ไทย", "😀 👨‍👩‍👧 🇩🇪 ❤️ 👍🏽", "e\u0301 ﬁ ﬆ ＡＢＣ İstanbul ẞ ǅ ſ 'ſ",  # noqa: RUF001
     "âœ” mojibake, schÃ¶n", "\x1b[36mred\x1b[0m \x00\x07 bell", "\u2028x\u2029y\u3000z\u00a0w\u200bq\u180ev\ufeff", "foo_bar-baz@example.com #tag http://x.y/z?a=b&c=d",
     "x" * 500, "word " * 200, "!?" * 90, "東" * 100, "</w> a</w>b <|startoftex",
 ]  # fmt: skip
