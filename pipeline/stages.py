@@ -106,7 +106,11 @@ def plan_config(config: Config) -> tuple[Plan | None, bool, int]:
         listing = open_source(config.shard.source).scan()
         samples = max(1, round(len(listing.items) * config.shard.splits[p.split]))
         mean = sum(item.bytes for item in listing.items) / max(1, len(listing.items))
-        return make_plan(config, samples, len(listing.classes), workers, Reading(mean, 1 if _is_local(config) else BLOCK)), True, workers
+        return (
+            make_plan(config, samples, len(listing.classes), workers, Reading(mean, p.loader.block or (1 if _is_local(config) else BLOCK))),
+            True,
+            workers,
+        )
     data = _open_data(config, config.data or [Data(url=(run_directory(config) / "shards").url)])
     return make_plan(config, data.samples, len(data.classes), workers, data.reading), False, workers
 
@@ -155,6 +159,8 @@ class _Stages:
             self._shard()
         if self.config.pretrain:
             data = _open_data(self.config, self.run.data)
+            data.check_pixels(self.config.pretrain.image)
+            data.check_cache(self.config.pretrain.loader.cache)
             self.tracker.tags({"dataset.hash": data.hash})
             self.tracker.params({"dataset.hash": data.hash})
             if self.config.evaluate:

@@ -200,7 +200,7 @@ class Image(Section):
     erase: Fraction = Field(0, description="probability of random erasing, with noise")
     mixup: Annotated[float, Field(ge=0)] = Field(0, description="alpha of mixup's Beta distribution")
     cutmix: Annotated[float, Field(ge=0)] = Field(0, description="alpha of CutMix's; with mixup too, one of them by the toss of a coin")
-    repeats: Count = Field(1, description="repeated augmentation: views of a sample in a row, and in an epoch")
+    repeats: Count = Field(1, description="repeated augmentation: views of a sample in a row; an epoch still counts N views of N samples")
     enlarge: Flag = Field(False, description="accept images smaller than `pixels`")
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)

@@ -129,10 +129,15 @@ def _decode_jpeg(data: bytes, image: Image.Image, size: tuple[int, int]) -> np.n
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="gray" if image.mode == "L" else "rgb", **least)
     except ValueError as e:
-        if any(words in str(e).lower() for words in _DAMAGE):
+        if is_damage(e):
             raise Drop("corrupt", describe_error(e)) from e
         return None
     return pixels[..., 0] if image.mode == "L" else pixels
+
+
+def is_damage(error: ValueError) -> bool:
+    """Whether what libjpeg complains of means that pixels are missing."""
+    return any(words in str(error).lower() for words in _DAMAGE)
 
 
 def open_image(data: bytes) -> Image.Image:

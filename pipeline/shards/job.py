@@ -136,6 +136,7 @@ def _summarise(shard: Shard, listing: Listing, results: list[ShardResult]) -> tu
         bytes=sum(s.bytes for s in shards),
         read=len(listing.items),
         written=sum(splits.values()),
+        decoded=True,
         ignored=listing.ignored,
         dropped=dict(sorted(dropped.items())),
         dropped_samples=named[:NAMED],

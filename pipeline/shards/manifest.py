@@ -66,6 +66,7 @@ class Manifest:
     dropped: dict[str, int]  # by reason
     dropped_samples: list[dict[str, str]]  # the first of them, each {file, reason, detail}
     smallest: tuple[int, int] = (0, 0)  # least width and least height of any sample
+    decoded: bool = False  # each image was decoded as a whole before it was written; of adopted tars only headers were read
     version: int = 1
     format: int = FORMAT
 

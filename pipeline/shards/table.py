@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import DataError
+from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 
 FILE = "shards.parquet"
@@ -29,7 +30,7 @@ SHARDS_SCHEMA = pa.schema(
     [("name", pa.string()), ("split", pa.string()), ("samples", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())]
 )
 _COUNTS = ["split", "samples", "bytes"]  # neighbours in the file: one range a row group
-_GROUPS_HELD = 8  # of names and hashes, 1.5 MB each
+_GROUPS_HELD = 64  # of names and hashes, 1.5 MB each
 _TAIL = 1 << 18  # bytes; the footer of a million shards has 40 kB, and a table of two thousand shards fits as a whole
 _REQUESTS = 16  # at once
 
@@ -188,7 +189,8 @@ class _Ranges(io.RawIOBase):
     """A remote file, to be read from anywhere; some ranges of it are fetched at once, in parallel."""
 
     def __init__(self, directory: Storage, size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        self._fetch = partial(directory.read_range, FILE)
+        url = f"{directory.url}/{FILE}"
+        self._fetch = lambda start, end: retrying(url, lambda: directory.read_range(FILE, start, end))
         self._size, self._position = size, 0
         with ThreadPoolExecutor(_REQUESTS) as pool:
             self._held = [(start, data) for (start, _), data in zip(ranges, pool.map(lambda r: self._fetch(*r), ranges), strict=True)]

@@ -24,16 +24,21 @@ _ATTEMPTS = 10  # draws of a box that fits
 _SERIAL = 2**15 - 1  # values that torch handles without further threads
 
 
-def training_view(data: bytes, how: Image, random: Random, out: torch.Tensor) -> None:
-    """Image bytes to `out`, uint8 (P, P, 3), contiguous: one row of a batch. Raises ValueError for what cannot be decoded."""
+def training_view(data: bytes, how: Image, random: Random, out: torch.Tensor, is_sound: bool = True) -> None:
+    """Image bytes to `out`, uint8 (P, P, 3), contiguous: one row of a batch. Raises ValueError for what cannot be decoded.
+
+    `is_sound`: the whole image was decoded once, before it came into a shard, and its bytes are still those; else every
+    pixel is decoded, so that damage anywhere is found.
+    """
     if how.crop == "none":
         evaluation_view_of(data, how.pixels, out)
+        part = out.numpy()
     else:
         height, width = size_of(data)
         box = _resized_crop(height, width, how, random) if how.crop == "random-resized" else _square_crop(height, width, random)
-        resize_into(torch.from_numpy(decode_box(data, box, how.pixels)), out)
-    if how.flip and random.uniform() < 0.5:
-        _flip(out)
+        part = decode_box(data, box, how.pixels, is_sound)
+    flip = how.flip and random.uniform() < 0.5
+    resize_into(_flipped(part) if flip else torch.from_numpy(np.ascontiguousarray(part)), out)
     if how.rand_augment or how.color_jitter:
         picture = before = Picture.fromarray(out.numpy())
         if how.rand_augment:
@@ -64,11 +69,17 @@ def _square_crop(height: int, width: int, random: Random) -> tuple[int, int, int
     return random.integer(height - side + 1), random.integer(width - side + 1), side, side
 
 
-def _flip(view: torch.Tensor) -> None:
-    """Left to right. Where torch may use threads, in pieces too small for them: on busy cores they cost more than the view."""
-    rows = len(view) if torch.get_num_threads() == 1 else max(1, _SERIAL // view[0].numel())
-    for piece in view.split(rows):
-        piece.copy_(piece.flip(1))
+def _flipped(part: np.ndarray) -> torch.Tensor:
+    """(h, w, 3), left to right, contiguous. By torch, as numpy takes ten times as long; and where torch might use threads, in
+    pieces too small for them: on busy cores these cost more than all of the view."""
+    image = torch.from_numpy(part)
+    if torch.get_num_threads() == 1:
+        return image.flip(1)
+    out = torch.empty(part.shape, dtype=torch.uint8)
+    rows = max(1, _SERIAL // part[0].size)
+    for to, piece in zip(out.split(rows), image.split(rows), strict=True):
+        to.copy_(piece.flip(1))
+    return out
 
 
 def _erase(view: torch.Tensor, how: Image, random: Random) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from pipeline.core.errors import DataError
-from pipeline.stream.augment import evaluation_view_of
+from pipeline.stream.decode import evaluation_view_of
 from pipeline.stream.ledger import Replacement
 from pipeline.stream.mixing import Mix
 from pipeline.stream.prefetch import AHEAD, Block, Prefetcher
@@ -118,7 +119,8 @@ def prefetching(datasets: Sequence[Dataset], needs: Iterator[Iterable[Block]]) -
     if not remote:
         yield lambda: None
         return
-    prefetcher = Prefetcher(needs, min(AHEAD, remote[0].cache.limit // 4))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share the machine's cache
+    prefetcher = Prefetcher(needs, min(AHEAD, remote[0].cache.limit // (4 * neighbours)))
     try:
         yield prefetcher.advance
     finally:

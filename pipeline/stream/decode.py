@@ -15,6 +15,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from pipeline.shards.images import is_damage
+
 _BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files, beside ValueError
 _OTHERS = ("PNG", "WEBP")  # what shards hold beside JPEG
 _JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -24,9 +26,7 @@ _BELOW = 8  # rows of pixels, more than colour is ever interpolated from
 
 def decode(data: bytes) -> torch.Tensor:
     """JPEG, PNG or WebP bytes to uint8 (H, W, 3). Raises ValueError for bytes that are none of these."""
-    if data[:2] == _JPEG:
-        return torch.from_numpy(simplejpeg.decode_jpeg(data, colorspace="RGB"))
-    return torch.from_numpy(_decode_other(data))
+    return torch.from_numpy(_decode_jpeg(data) if data[:2] == _JPEG else _decode_other(data))
 
 
 def size_of(data: bytes) -> tuple[int, int]:
@@ -41,21 +41,21 @@ def size_of(data: bytes) -> tuple[int, int]:
         raise ValueError(f"not a readable image ({e})") from e
 
 
-def decode_box(data: bytes, box: tuple[int, int, int, int], least: int) -> np.ndarray:
-    """The part `box` (top, left, height, width; in pixels of the whole image) as uint8 (h, w, 3), contiguous.
+def decode_box(data: bytes, box: tuple[int, int, int, int], least: int, is_sound: bool = True) -> np.ndarray:
+    """The part `box` (top, left, height, width; in pixels of the whole image) as uint8 (h, w, 3), a view of what was decoded.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part then still has `least` pixels a side; the part's edges are
-    rounded to whole pixels of that size. And only down to the part's last row. Raises ValueError.
+    rounded to whole pixels of that size. And only down to the part's last row, where `is_sound`. Raises ValueError.
     """
     top, left, height, width = box
+    bottom, right, factor = top + height, left + width, 1
     if data[:2] != _JPEG:
-        return np.ascontiguousarray(_decode_other(data)[top : top + height, left : left + width])
-    # libjpeg-turbo has vector code for these factors alone; at others it is slower than at full size.
-    factor = next((f for f in (8, 4, 2) if min(height, width) >= f * least), 1)
-    half = factor // 2
-    bottom, right = (top + height + half) // factor, (left + width + half) // factor
-    top, left = (top + half) // factor, (left + half) // factor
-    return np.ascontiguousarray(_decode_rows(data, bottom, factor)[top:bottom, left:right])
+        return _decode_other(data)[top:bottom, left:right]
+    if (ratio := min(height, width) // least) >= 2:
+        # libjpeg-turbo has vector code for these factors alone; at others it is slower than at full size.
+        factor = 8 if ratio >= 8 else 4 if ratio >= 4 else 2
+        top, left, bottom, right = ((edge + factor // 2) // factor for edge in (top, left, bottom, right))
+    return _decode_rows(data, bottom if is_sound else 1 << 16, factor)[top:bottom, left:right]
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -69,12 +69,13 @@ def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def resize_into(image: torch.Tensor, out: torch.Tensor) -> None:
     """`resize` to the size of `out` (h, w, 3), which is filled."""
-    if image.shape == out.shape:
+    height, width = out.size(0), out.size(1)
+    if image.size(0) == height and image.size(1) == width:
         out.numpy()[:] = image.numpy()
         return
     # What F.interpolate calls. Written where it belongs, in the order it has there, it takes half the time.
     torch.ops.aten._upsample_bicubic2d_aa.out(
-        image.permute(2, 0, 1).unsqueeze(0), out.shape[:2], False, None, None, out=out.permute(2, 0, 1).unsqueeze(0)
+        image.permute(2, 0, 1).unsqueeze(0), [height, width], False, None, None, out=out.permute(2, 0, 1).unsqueeze(0)
     )
 
 
@@ -125,7 +126,17 @@ def _decode_rows(data: bytes, rows: int, factor: int) -> np.ndarray:
     if cut:
         data, height = data[:at] + enough.to_bytes(2, "big") + data[at + 2 :], enough
     least = {} if factor == 1 else {"min_height": -(-height // factor), "min_width": -(-width // factor)}
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=not cut, **least)
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False, **least) if cut else _decode_jpeg(data, **least)
+
+
+def _decode_jpeg(data: bytes, **least: int) -> np.ndarray:
+    """Raises ValueError where pixels are missing; libjpeg's other complaints, such as of stray bytes, are let pass."""
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", **least)
+    except ValueError as e:
+        if is_damage(e):
+            raise
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False, **least)
 
 
 def _frame(data: bytes) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.shards.table import ShardRecord
+
 COLUMNS = ["key", "offset", "length", "cls", "crc32", *(f"{m}_{what}" for m in ("image", "txt", "json") for what in ("offset", "length"))]
 
 
@@ -31,8 +33,8 @@ class Sample:
 class Index:
     """One shard's index, the rows left out by the view taken away."""
 
-    def __init__(self, table: pa.Table, left_out: np.ndarray | None) -> None:
-        self.rows = len(table)
+    def __init__(self, record: ShardRecord, table: pa.Table, left_out: np.ndarray | None) -> None:
+        self.record, self.rows = record, len(table)
         if left_out is not None and len(left_out):
             table = table.take(np.setdiff1d(np.arange(len(table)), left_out))
         self.keys = table["key"].combine_chunks()

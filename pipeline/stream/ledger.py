@@ -22,7 +22,7 @@ REASONS = {
     "undecodable": "the bytes are as indexed, and no readable image",
 }
 _ATTEMPTS = 100  # replacements that are bad too, before giving up
-_GRACE = 1000  # a fraction of fewer samples than these means little
+_GRACE = 10_000  # a fraction of fewer samples than these means little: one stripe of a lost shard would be too much
 _SALT = 0x7E55E7A
 
 
@@ -64,7 +64,6 @@ class Ledger:
         self.limit = limit
         self._entries = {e.position: e for e in entries}
         self._unmerged: list[Replacement] = []
-        self._seen = self._new = 0  # samples handed out by this rank, and those of them replaced for the first time
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,19 +74,17 @@ class Ledger:
     def at(self, position: int) -> Replacement | None:
         return self._entries.get(position)
 
-    def add(self, samples: int, replaced: Sequence[Replacement]) -> None:
-        """Count `samples` handed out by this rank, `replaced` among them.
+    def add(self, replaced: Sequence[Replacement], consumed: int) -> None:
+        """Take over what this rank replaced, when all ranks together have consumed `consumed` samples.
 
         Raises:
-            DataError: more were replaced than the limit allows.
+            DataError: more were replaced than the limit allows; this rank knows at least its own.
         """
-        self._seen += samples
         new = [r for r in replaced if self._entries.get(r.position) != r]
-        self._new += len(new)
         self._entries |= {r.position: r for r in new}
         self._unmerged += new
         if new:
-            self._check(self._new, self._seen, new[-1])
+            self._check(len(self), consumed, new[-1])
 
     def unmerged(self) -> list[Replacement]:
         """What this rank has replaced since the last merge."""

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config import fingerprint
 from pipeline.config.schema import Bound, Cache, Data, Image
-from pipeline.core.errors import DataError
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.world import World
 from pipeline.stream.augment import training_view
 from pipeline.stream.batches import FILLER, MicroBatch, collate, empty_images, filler, in_order, prefetching
@@ -86,10 +86,20 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs (contract "Loader state"), as plain values; the same on all ranks after `agree`."""
-        return {"consumed": self.consumed, "view": self.view, "replaced": self.ledger.as_values()}
+        return {
+            "consumed": self.consumed, "view": self.view, "seed": self.seed, "batch": self.global_batch,
+            "replaced": self.ledger.as_values(),
+        }  # fmt: skip
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` of the same view, taken at any world size. To be called before iterating."""
+        """Go on from a `state` of the same view, taken at any world size. To be called before iterating.
+
+        Raises:
+            ConfigError: it was taken with another seed or global batch, with which its positions mean other samples.
+        """
+        for name, path, ours in (("seed", "seed", self.seed), ("batch", "pretrain.batch", self.global_batch)):
+            if state[name] != ours:
+                raise ConfigError(f"{path}: {ours} differs from the checkpoint's {state[name]}, with which its samples were drawn")
         self.consumed = state["consumed"]
         self.ledger = Ledger.from_values(state["replaced"], self.ledger.limit)
 
@@ -103,7 +113,7 @@ class Stream:
             while True:
                 for turn in range(self.rounds):
                     batch = next(made)
-                    self.ledger.add(len(batch.keys), batch.replaced)
+                    self.ledger.add(batch.replaced, self.consumed + self.global_batch)
                     if turn == self.rounds - 1:
                         self.consumed += self.global_batch
                     yield batch
@@ -146,13 +156,18 @@ class Stream:
     ) -> tuple[Sample, Replacement | None]:
         """Write the view of the sample at `position` to `out`, or that of the first readable one in its place."""
         source, known = self.datasets[dataset], self.ledger.at(position)
+        if known and (known.dataset, known.number) != (dataset, number):
+            raise DataError(f"data {source.directory.url}: the ledger tells of another sample at position {position} than stands there")
         why: Replacement | None = known
         for candidate in chain([known.by if known else number], substitutes(self.seed, epoch, number, len(source))):
             try:
                 sample = source.read(candidate)
-                training_view(sample.image, self.image, Random(self.seed, dataset, epoch, candidate, copy), out)
             except BadSample as e:
                 why = why or Replacement(position, dataset, number, number, e.shard, e.key, e.reason, e.detail)
+                continue
+            try:
+                random = Random(self.seed, dataset, epoch, candidate, copy)
+                training_view(sample.image, self.image, random, out, source.manifest.decoded)
             except ValueError as e:
                 shard = source.shards[source.locate(candidate)[0]].name
                 why = why or Replacement(position, dataset, number, number, shard, sample.key, "undecodable", str(e)[:200])

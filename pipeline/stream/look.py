@@ -22,10 +22,10 @@ from PIL import Image
 
 from pipeline.core.errors import DataError, StorageError, nearest
 from pipeline.core.progress import Progress, say
+from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, ShardTable, read_manifest
 from pipeline.stream.decode import decode
-from pipeline.stream.fetch import retrying
 from pipeline.stream.index import Sample
 from pipeline.stream.ledger import BadSample
 from pipeline.stream.reader import Dataset, open_dataset

@@ -34,11 +34,6 @@ class Mixture:
         self.orders, self.repeats = list(orders), repeats
         self.shares = whole_shares(weights)
 
-    @property
-    def size(self) -> int:
-        """Samples of an epoch: of all datasets together, with their repeats."""
-        return sum(order.size for order in self.orders) * self.repeats
-
     def at(self, start: int, count: int) -> Places:
         """The samples at positions start to start + count - 1."""
         positions = np.arange(start, start + count, dtype=np.int64) // self.repeats

@@ -24,17 +24,21 @@ import pyarrow.parquet as pq
 from pipeline.config.schema import Bound
 from pipeline.config.schema import Cache as CacheSection
 from pipeline.core.errors import DataError
+from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest, read_manifest
 from pipeline.shards.table import ShardRecord, ShardTable
 from pipeline.stream.cache import Cache
-from pipeline.stream.fetch import retrying
 from pipeline.stream.index import COLUMNS, Index, Sample
 from pipeline.stream.ledger import BadSample
+from pipeline.stream.order import WINDOW
 from pipeline.stream.view import Rule, select
 
-BLOCK = 64  # samples that one request brings
-_OPEN = 256  # shards whose index is at hand
+BLOCK = 64  # neighbouring samples that are drawn together from a remote dataset, and come in one request
+SMALL = 1 << 29  # bytes of a split that is fetched in parts of _PART bytes instead of blocks
+_PART = 1 << 25
+_OPEN = 256  # local shards that are open at a time
+_INDICES = 2 * WINDOW  # shards whose index is at hand: those of a window, and of the next, which is being fetched
 _WHOLE = 1 << 40  # bytes; more than any index has
 
 
@@ -69,9 +73,14 @@ class Dataset:
         self._cache_section = cache or CacheSection()
         # On a local disk any sample is as near as any other, as long as the indices of all shards are at hand.
         self.block = block or (1 if directory.is_local and len(self.shards) <= _OPEN else BLOCK)
+        # What every machine reads as a whole within an epoch or two anyway comes in larger parts, with fewer requests.
+        total = max(1, int(self.shards.bytes.sum()))
+        of_part = max(1, int(_PART * self.shards.samples.sum() / total / self.block)) if total <= SMALL else 1
+        self.part = self.block * of_part  # neighbouring samples that one request brings
         self._lost: dict[int, _LostIndex] = {}  # shards without a readable index
         self._missing: set[int] = set()  # shards that are not there
-        self._index = lru_cache(maxsize=_OPEN)(self._read_index)
+        self._fetched_again: set[str] = set()  # parts in which a sample was damaged
+        self._index = lru_cache(maxsize=_INDICES)(self._read_index)
         self._file = lru_cache(maxsize=_OPEN)(lambda shard: _File(Path(directory.path) / self.shards[shard].name))
         self.view, self._selection = f"{self.manifest.hash}/{split}", None
         self.sizes = self.shards.samples
@@ -150,27 +159,27 @@ class Dataset:
     def block_of(self, number: int) -> tuple[int, int]:
         """(shard, block) that holds sample `number`."""
         shard, row = self.locate(number)
-        return shard, row // self.block
+        return shard, row // self.part
 
     def fetch(self, shard: int, block: int) -> int:
         """Bring a block into the cache; its bytes, 0 where it was there. What is damaged or gone is told on reading."""
         try:
-            index = self._known(shard, block * self.block)
-            name, start, end = self._part(shard, index, block)
+            index = self._known(shard, block * self.part)
+            name, start, end = self._part(index, block)
             if self.cache.has(name):
                 return 0
-            self.cache.read(name, self._fetcher(shard, start, end), 0, 0)
+            self.cache.read(name, self._fetcher(index, start, end), 0, 0)
             return end - start
         except (BadSample, FileNotFoundError):
             return 0
 
-    def _part(self, shard: int, index: Index, block: int) -> tuple[str, int, int]:
+    def _part(self, index: Index, block: int) -> tuple[str, int, int]:
         """A block's name in the cache, and where it is in the tar, from and up to."""
-        start, end = index.span(block, self.block)
-        return f"{self.shards[shard].sha256[:40]}-{start}-{end}", start, end
+        start, end = index.span(block, self.part)
+        return f"{index.record.sha256[:40]}-{start}-{end}", start, end
 
-    def _fetcher(self, shard: int, start: int, end: int) -> Callable[[], bytes]:
-        name = self.shards[shard].name
+    def _fetcher(self, index: Index, start: int, end: int) -> Callable[[], bytes]:
+        name = index.record.name
         return lambda: retrying(f"{self.directory.url}/{name}", lambda: self.directory.read_range(name, start, end))
 
     def _bytes(self, shard: int, index: Index, row: int, again: bool) -> bytes:
@@ -180,10 +189,11 @@ class Dataset:
         if self.directory.is_local:
             file = self._file(shard)  # held while it is read: another thread may push it out of the least recently used
             return os.pread(file.descriptor, length, offset)
-        name, start, end = self._part(shard, index, row // self.block)
-        if again:
+        name, start, end = self._part(index, row // self.part)
+        if again and name not in self._fetched_again:  # once: all of its samples may be bad
+            self._fetched_again.add(name)
             self.cache.drop(name)
-        return self.cache.read(name, self._fetcher(shard, start, end), offset - start, length)
+        return self.cache.read(name, self._fetcher(index, start, end), offset - start, length)
 
     def _known(self, shard: int, row: int) -> Index:
         """Raises BadSample, saying `row` for a key, where the shard's index cannot be read."""
@@ -196,7 +206,12 @@ class Dataset:
         raise BadSample(self.shards[shard].name, f"in row {row}", lost.reason, lost.detail)
 
     def _read_index(self, shard: int) -> Index:
-        index = Index(self._index_table(shard, COLUMNS), self._selection.left_out(shard) if self._selection else None)
+        try:
+            index = Index(
+                self.shards[shard], self._index_table(shard, COLUMNS), self._selection.left_out(shard) if self._selection else None
+            )
+        except (KeyError, ValueError, TypeError) as e:
+            raise _LostIndex("index", f"it lacks {e}" if isinstance(e, KeyError) else str(e)) from e
         if index.rows != (samples := self.shards[shard].samples):
             raise _LostIndex("index", f"{index.rows} rows, the table of shards says {samples} samples")
         return index
@@ -205,7 +220,13 @@ class Dataset:
         """Those of `columns` that it has, or all."""
         record = self.shards[shard]
         try:
-            file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
+            try:
+                file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
+            except (pa.ArrowInvalid, OSError):
+                if self.directory.is_local:
+                    raise
+                self.cache.drop(self._index_part(record))  # the fault may be the cache's
+                file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
             there = file.schema_arrow.names
             return file.read(columns=[c for c in columns if c in there] if columns else None, use_threads=False)
         except FileNotFoundError as e:
@@ -224,10 +245,14 @@ class Dataset:
         url = f"{self.directory.url}/{record.index_name}"
         if self.directory.is_local:
             return retrying(url, lambda: self.directory.read(record.index_name))
-        # An index may be made anew with other columns: the fingerprint of what made it tells them apart.
-        part = f"{record.sha256[:40]}-{self.manifest.config[:8]}-index"
         # By range, since S3's client asks for the size first otherwise.
-        return self.cache.read(part, lambda: retrying(url, lambda: self.directory.read_range(record.index_name, 0, _WHOLE)))
+        return self.cache.read(
+            self._index_part(record), lambda: retrying(url, lambda: self.directory.read_range(record.index_name, 0, _WHOLE))
+        )
+
+    def _index_part(self, record: ShardRecord) -> str:
+        """An index may be adopted anew with other columns: the fingerprint of what made it tells them apart."""
+        return f"{record.sha256[:40]}-{self.manifest.config[:8]}-index"
 
 
 class _LostIndex(Exception):

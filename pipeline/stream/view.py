@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,7 @@ class Selection:
     def __init__(self, path: Path) -> None:
         self._file = pq.ParquetFile(path)
         self.kept = self._file.read(columns=["kept"])["kept"].to_numpy()
+        self._lock = threading.Lock()  # a file is read by one thread at a time
         self._group = lru_cache(maxsize=4)(
             lambda group: self._file.read_row_group(group, columns=["left_out"])["left_out"].combine_chunks()
         )
@@ -81,16 +83,17 @@ class Selection:
     def left_out(self, shard: int) -> np.ndarray:
         """Rows of `shard` that are left out, ascending. int32."""
         group, row = divmod(shard, _GROUP)
-        return self._group(group)[row].values.to_numpy()
+        with self._lock:
+            return self._group(group)[row].values.to_numpy()
 
 
 def select(rule: Rule, name: str, shards: Sequence[str], read: ReadIndex, cache: Cache) -> Selection:
     """Apply `rule` to the dataset view called `name`, or take what was worked out on this machine before."""
     file = f"view-{hashlib.sha256(name.encode()).hexdigest()[:32]}.parquet"
-    path = cache.path / "views" / file
+    path = cache.path / ".views" / file  # out of sight of the cache's trimming
     path.parent.mkdir(exist_ok=True)
     with cache.lock(file):
-        if not path.exists():
+        if not _is_whole(path):  # a power cut may leave less
             temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
             try:
                 _write(temporary, rule, shards, read)
@@ -98,6 +101,14 @@ def select(rule: Rule, name: str, shards: Sequence[str], read: ReadIndex, cache:
             finally:
                 temporary.unlink(missing_ok=True)
     return Selection(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        pq.read_metadata(path)
+        return True
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return False
 
 
 def _write(path: Path, rule: Rule, shards: Sequence[str], read: ReadIndex) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.streaming [--pairs 5] [--peer NAME='COMMAND with {shards}'] [--evaluation-peer NAME='COMMAND']
 
-Makes 3,000 JPEGs of 304 x 256 pixels, about 34 kB each, in three shards, and races, each in a process of its own, in turn:
+Makes 3,000 JPEGs of 304 x 256 pixels from real photographs, about 35 kB each, in three shards, and races, each in a process of its own, in turn:
 the training loader (2 workers, random-resized crops of 224 pixels, micro-batches of 64); the bare decode and resize of the
 same crops from memory on two threads; each peer; the same shards on an S3 server on this machine; and evaluation
 preprocessing. A peer's command prints one JSON line with `images_per_s`; `{shards}` becomes the shards' brace pattern.
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -34,17 +35,24 @@ WIDTH, HEIGHT, SHARDS, EACH, SIZE, MICRO, WORKERS = 304, 256, 3, 1000, 224, 64, 
 
 
 def photograph(seed: int) -> bytes:
-    """Structure at every scale, as a photograph has it: a JPEG of about 34 kB."""
+    """A part of one of scikit-learn's two photographs (427 x 640), scaled down where it is larger, as a JPEG of quality 95."""
     random = np.random.default_rng(seed)
-    picture = np.full((HEIGHT, WIDTH, 3), 128.0)
-    for rows, strength in ((6, 90), (20, 40), (60, 25), (150, 12)):
-        noise = random.normal(0, strength, (rows, rows * WIDTH // HEIGHT + 1, 3)).astype(np.float32)
-        picture += np.stack(
-            [np.asarray(Picture.fromarray(noise[..., c]).resize((WIDTH, HEIGHT), Picture.Resampling.BICUBIC)) for c in range(3)], -1
-        )
-    data = io.BytesIO()
-    Picture.fromarray(picture.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=92)
+    whole = photographs()[int(random.integers(2))]
+    scale = random.uniform(1.0, 1.6)
+    height, width = round(HEIGHT * scale), round(WIDTH * scale)
+    top, left = int(random.integers(whole.shape[0] - height + 1)), int(random.integers(whole.shape[1] - width + 1))
+    part = Picture.fromarray(whole[top : top + height, left : left + width]).resize((WIDTH, HEIGHT), Picture.Resampling.BICUBIC)
+    if random.random() < 0.5:
+        part = part.transpose(Picture.Transpose.FLIP_LEFT_RIGHT)
+    part.save(data := io.BytesIO(), "JPEG", quality=95)
     return data.getvalue()
+
+
+@lru_cache
+def photographs() -> list[np.ndarray]:
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images
 
 
 def make_shards(folder: Path) -> None:

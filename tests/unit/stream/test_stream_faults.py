@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from photographs import encoded, photograph
 
-from pipeline.core import storage
-from pipeline.core.errors import DataError, InfrastructureError
+from pipeline.core import retry, storage
+from pipeline.core.errors import ConfigError, DataError, InfrastructureError
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.shards.images import Checked
 from pipeline.shards.manifest import Manifest, dataset_hash, publish
 from pipeline.shards.samples import Sample
 from pipeline.shards.writer import write_shard
-from pipeline.stream import MicroBatch, Stream, fetch, open_dataset, open_stream
+from pipeline.stream import MicroBatch, Stream, open_dataset, open_stream
 from pipeline.stream.ledger import Ledger, Replacement
 from tests.conftest import _picture
 from tests.faults import FaultyStore, faulty_store
@@ -32,6 +33,7 @@ SAMPLES, BATCH, MICRO, STEPS = 60, 20, 4, 6  # two epochs
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pipeline.stream.reader.SMALL", 0)  # or else a shard comes in one request
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -141,11 +143,18 @@ def test_the_ledger_is_replayed(directory: Storage) -> None:
     assert not same(take(healed, STEPS - 1), expected[BATCH // MICRO :]) and not len(healed.ledger)
 
 
+def test_a_state_of_another_sequence_is_refused(directory: Storage) -> None:
+    state = {**stream(directory).state(), "consumed": BATCH}
+    for other, message in (({"seed": 4}, "seed: 4 differs from the checkpoint's 3"), ({"global_batch": 40}, "pretrain.batch: 40 differs")):
+        with pytest.raises(ConfigError, match=message):
+            stream(directory, **other).resume(state)
+
+
 def test_prefetched_faults_do_not_count(directory: Storage) -> None:
     DAMAGE["a shard that is gone"][0](directory)
-    made = stream(directory, workers=4)
+    made = stream(directory, workers=4, block=1)
     batches = take(made, 1)
-    assert len(made.ledger) == sum(len(b.replaced) for b in batches) < 20
+    assert 0 < len(made.ledger) == sum(len(b.replaced) for b in batches) < 20
 
 
 def test_a_replacement_that_is_bad_too(directory: Storage) -> None:
@@ -165,7 +174,8 @@ def test_nothing_left_to_read(directory: Storage) -> None:
         take(stream(directory), 1)
 
 
-def test_too_many(directory: Storage) -> None:
+def test_too_many(directory: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.stream.ledger._GRACE", 1000)
     DAMAGE["a shard that is gone"][0](directory)
     with pytest.raises(
         DataError,
@@ -177,7 +187,8 @@ def test_too_many(directory: Storage) -> None:
         take(stream(directory, bad=0.0))
 
 
-def test_the_limit_is_of_all_ranks_together() -> None:
+def test_the_limit_is_of_all_ranks_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.stream.ledger._GRACE", 1000)
     entry = Replacement(7, 0, 1, 2, "a.tar", "k", "checksum", "its crc32 differs")
     ledger = Ledger(limit=0.001)
     assert ledger.merge([[entry], []], 5000) == [entry]
@@ -252,10 +263,31 @@ def test_a_stall_is_given_up_and_tried_again(stuttering: tuple[Storage, FaultySt
 def test_a_store_that_stays_away(stuttering: tuple[Storage, FaultyStore], monkeypatch: pytest.MonkeyPatch) -> None:
     """No sample is bad: the machine may be restarted and go on."""
     directory, store = stuttering
-    monkeypatch.setattr(fetch, "_PAUSE", 0.001)
-    monkeypatch.setattr(fetch, "ATTEMPTS", 3)
+    monkeypatch.setattr(retry, "_PAUSE", 0.001)
+    monkeypatch.setattr(retry, "ATTEMPTS", 3)
     monkeypatch.setattr(type(directory.fs), "retries", 1)  # the client's own, which take seconds
     made = stream(directory)
     store.plan = lambda method, path: "error" if path.endswith(".tar") else None
     with pytest.raises(InfrastructureError, match=r"data s3://.*\.tar: could not be read in 3 attempts"):
         take(made, 1)
+
+
+def test_damage_inside_a_foreign_image(tmp_path: Path) -> None:
+    """Adopted shards were never decoded: a JPEG that is damaged at its end is found by any crop, and stray bytes are none."""
+    where, sound = Storage(str(tmp_path / "data")), encoded(photograph(96, 64), "JPEG", quality=90)
+    broken = bytearray(sound)
+    for at in range(len(sound) - 300, len(sound) - 100):
+        broken[at] = 0xAA if broken[at] != 0xFF and broken[at - 1] != 0xFF else broken[at]
+    stray = sound[:-2] + b"\x00\x01\x02" + sound[-2:]
+    images = [sound, bytes(broken), stray, sound]
+    samples = [Sample(f"{n:020x}", Checked(data, "jpg", 96, 64), 0, None, b"{}") for n, data in enumerate(images)]
+    written = write_shard(where, "train-00000.tar", "train", samples)
+    assert written is not None
+    manifest = Manifest(
+        hash=dataset_hash([written.record]), config="none", source="made", classes=["a"], splits={"train": 4}, bytes=1, read=4, written=4,
+        ignored=0, dropped={}, dropped_samples=[], smallest=(64, 64),
+    )  # fmt: skip
+    publish(where, [written.record], manifest)
+    batch = next(iter(open_stream(where.url, global_batch=4, micro_batch=4, size=32)))
+    assert [(r.key, r.reason) for r in batch.replaced] == [(f"{1:020x}", "undecodable")]
+    assert f"{2:020x}" in batch.keys

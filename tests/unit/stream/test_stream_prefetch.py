@@ -24,6 +24,7 @@ SAMPLES, SHARD = 480, 160
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pipeline.stream.reader.SMALL", 0)  # or else a shard comes in one request
 
 
 @pytest.fixture
@@ -55,6 +56,13 @@ def test_each_block_once(store: tuple[Storage, FaultyStore]) -> None:
     assert sum(p.stat().st_size for p in (Path(made.datasets[0].cache.path)).iterdir() if "-index" not in p.name) <= size
 
 
+def test_a_small_dataset_comes_in_large_parts(store: tuple[Storage, FaultyStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.stream.reader.SMALL", 1 << 29)
+    directory, faulty = store
+    assert len({k for b in islice(iter(stream(directory, workers=2)), SAMPLES // 8) for k in b.keys}) == SAMPLES
+    assert tar_requests(faulty) == 3
+
+
 def test_it_runs_ahead_and_not_too_far(store: tuple[Storage, FaultyStore], monkeypatch: pytest.MonkeyPatch) -> None:
     directory, faulty = store
     monkeypatch.setattr("pipeline.stream.batches.AHEAD", 10 * 8 * 3584)  # ten blocks of eight samples of 3.5 kB
@@ -69,6 +77,25 @@ def test_it_runs_ahead_and_not_too_far(store: tuple[Storage, FaultyStore], monke
     time.sleep(1.0)
     assert tar_requests(faulty) > few
     batches.close()  # type: ignore[attr-defined]
+
+
+def test_it_does_not_plan_for_ever(store: tuple[Storage, FaultyStore]) -> None:
+    """Where all blocks are here already, nothing but the number of batches holds it back."""
+    planned = []
+
+    def needs() -> Iterator[list[prefetch.Block]]:
+        while True:
+            planned.append(1)
+            yield []
+
+    prefetcher = prefetch.Prefetcher(needs(), 1 << 30)
+    time.sleep(0.5)
+    first = len(planned)
+    for _ in range(100):
+        prefetcher.advance()
+    time.sleep(0.5)
+    prefetcher.close()
+    assert first <= prefetch.BATCHES + 1 and first < len(planned) <= first + 101
 
 
 def test_around_slow_requests(store: tuple[Storage, FaultyStore]) -> None:

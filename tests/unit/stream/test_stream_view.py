@@ -111,6 +111,16 @@ def test_it_is_worked_out_once_a_machine(directory: Storage, monkeypatch: pytest
     assert again.sizes.tolist() == first.sizes.tolist() == [0, 20, 10] and texts(again) == list(range(20, 50))
 
 
+def test_a_damaged_view_is_made_again(directory: Storage, tmp_path: Path) -> None:
+    where = {"score": Bound(min=2.0)}
+    cache = opened(directory, where=where).cache
+    cache.limit = 1
+    cache.trim()  # does not touch it
+    [file] = (cache.path / ".views").glob("view-*")
+    file.write_bytes(b"")
+    assert opened(directory, where=where).sizes.tolist() == [0, 20, 10]
+
+
 def test_many_shards(make_dataset: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are kept in one row group."""
     monkeypatch.setattr(view, "_GROUP", 4)
@@ -144,7 +154,7 @@ def test_what_cannot_be(directory: Storage, tmp_path: Path) -> None:
 
 def test_the_cache_may_lie_elsewhere(directory: Storage, tmp_path: Path) -> None:
     opened(directory, where={"score": Bound(min=2.0)}, cache=Cache(path=str(tmp_path / "elsewhere")))
-    assert list((tmp_path / "elsewhere" / "views").glob("view-*.parquet"))
+    assert list((tmp_path / "elsewhere" / ".views").glob("view-*.parquet"))
 
 
 def test_rows_left_out_are_held_piece_by_piece(tmp_path: Path) -> None:
