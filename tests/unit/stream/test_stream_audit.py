@@ -81,7 +81,7 @@ def test_audit(url: str, alone: dict[int, list[list[MicroBatch]]], world_size: i
             assert (lost, repeated, equal) == (0, 0, True)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_run_that_is_cut_and_resumed_anywhere_is_the_unbroken_run(
     url: str, alone: dict[int, list[list[MicroBatch]]], data: st.DataObject

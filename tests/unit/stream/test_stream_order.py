@@ -16,7 +16,7 @@ from pipeline.stream.order import Order, permute, transposed
 SHARDS = st.lists(st.integers(0, 700), min_size=1, max_size=20).filter(any)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(sizes=SHARDS, block=st.sampled_from([1, 2, 7, 64]), row=st.integers(1, 3000), epoch=st.integers(0, 3), seed=st.integers(0, 9))
 def test_every_sample_once_an_epoch(sizes: list[int], block: int, row: int, epoch: int, seed: int) -> None:
     order = Order(np.array(sizes), "view", seed, block=block, row=row)
@@ -62,7 +62,7 @@ def test_permute(size: int) -> None:
     assert (np.sort(permute(np.arange(size), size, keys)) == np.arange(size)).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(size=st.integers(1, 400), row=st.fractions(1, 500, max_denominator=50))
 def test_transposed(size: int, row: Fraction) -> None:
     """As a person would do it: write the numbers in rows, row t from ceil(t row) on, and list the columns."""

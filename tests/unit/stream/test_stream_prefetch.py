@@ -131,7 +131,12 @@ def test_threads_end_with_the_stream(store: tuple[Storage, FaultyStore]) -> None
     next(batches)
     assert any(t.name == "prefetch" for t in threading.enumerate())
     batches.close()  # type: ignore[attr-defined]
-    assert not [t.name for t in threading.enumerate() if t.name.startswith(("prefetch", "fetch", "decode"))]
+    patience = time.monotonic() + 10  # a request under way ends by itself; closing does not wait for it
+    while (
+        left := [t.name for t in threading.enumerate() if t.name.startswith(("prefetch", "fetch", "decode"))]
+    ) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not left
 
 
 def test_a_window_must_fit_the_cache(store: tuple[Storage, FaultyStore]) -> None:
