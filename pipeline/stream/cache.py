@@ -35,7 +35,7 @@ def default_path() -> Path:
 
 
 class Cache:
-    """Parts by name, the least recently used removed first; `limit` in bytes may be passed by 1/32 a process."""
+    """Parts by name, the least recently used removed first; `limit` in bytes may be passed by 1/32 a `Cache` that writes."""
 
     def __init__(self, path: str | Path | None, limit: int) -> None:
         self.path, self.limit = Path(path) if path else default_path(), limit

@@ -27,7 +27,7 @@ def test_search_finds_a_single_peak_in_few_tries(peak: int) -> None:
 
 
 def test_search_prefers_the_middle_in_a_tie() -> None:
-    """At a penalty of 1e6 all held-out scores may still be perfect, and the last fit stop where it began."""
+    """At a penalty of 1e6 all held-out scores may still be perfect, and the last fit, which goes on longer, be no better than chance."""
     assert search(lambda step: 1.0)[0] == 48 and search(lambda step: float(step >= 60))[0] <= 66
 
 
