@@ -30,7 +30,7 @@ digits: venv
 	$(BIN)/python -m pipeline.shards.digits $(DIGITS)
 
 quickstart: digits
-	$(BIN)/python launch/submit.py configs/quickstart.yaml
+	$(BIN)/python launch/submit.py configs/quickstart.yaml configs/quickstart-igpt.yaml configs/quickstart-clip.yaml
 
 test: venv
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,8 +74,9 @@ class RayCluster:
         except OSError as e:
             raise ClusterUnreachable(f"cluster.address: nobody answers at {self.address} ({e})") from e
 
-    def submit(self, config: Config, command: str, fresh: bool) -> str:
-        """Start the job of this run, or find it where it is running already; gives its submission id."""
+    def submit(self, configs: Sequence[Config], command: str, fresh: bool) -> str:
+        """Start the job of these runs, named by the first, or find it where it is running already; gives its submission id."""
+        config = configs[0]
         base = submission_id(config)
         jobs = {j.submission_id: j for j in self.client.list_jobs() if j.submission_id and j.submission_id.startswith(f"{base}-")}
         for name, job in jobs.items():
@@ -83,8 +85,8 @@ class RayCluster:
                 return name
         attempt = 1 + max((int(name.rpartition("-")[2]) for name in jobs), default=0)
         with tempfile.TemporaryDirectory(prefix="tessera-job-") as folder:
-            package(config, Path(folder))
-            words = [config.cluster.python, "-m", "pipeline", "config.yaml", "--command", command, *(["--fresh"] if fresh else [])]
+            files = package(configs, Path(folder))
+            words = [config.cluster.python, "-m", "pipeline", *files, "--command", command, *(["--fresh"] if fresh else [])]
             return self.client.submit_job(
                 entrypoint=shlex.join(words),
                 submission_id=f"{base}-{attempt}",
@@ -125,11 +127,16 @@ def submission_id(config: Config) -> str:
     return f"tessera-{config.name}-{hashlib.sha256(run_directory(config).url.encode()).hexdigest()[:8]}"
 
 
-def package(config: Config, folder: Path) -> None:
-    """Put into `folder` what the job needs: our code and the resolved config, nothing else of the working directory."""
+def package(configs: Sequence[Config], folder: Path) -> list[str]:
+    """Put into `folder` what the job needs: our code and the resolved configs, nothing else of the working directory. Gives the
+    names of the configs' files."""
     source = Path(pipeline.__file__).parent
     shutil.copytree(source, folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True))
+    files = ["config.yaml", *(f"config-{i}.yaml" for i in range(1, len(configs)))]
+    for file, config in zip(files, configs, strict=True):
+        values = config.model_dump(mode="json", by_alias=True)
+        (folder / file).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return files
 
 
 def _job_environment(config: Config) -> dict[str, str]:

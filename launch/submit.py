@@ -1,6 +1,7 @@
-"""python launch/submit.py CONFIG [section.key=value ..]: run a config here, or submit it to a Ray cluster.
+"""python launch/submit.py CONFIG .. [section.key=value ..]: run a config here, or submit it to a Ray cluster.
 
-CONFIG is a YAML file, or the URL of a run to go on with. The same command again goes on where the last one stopped.
+CONFIG is a YAML file, or the URL of a run to go on with; several run one after the other. The same command again goes on where the
+last one stopped.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ import yaml
 
 from pipeline.__main__ import run_here
 from pipeline.config import Config, load_config
-from pipeline.config.load import apply_override, parse_config
+from pipeline.config.load import apply_override, parse_config, split_words
 from pipeline.core.command import exit_codes
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.storage import Storage
 
 
 @click.command()
-@click.argument("config", required=False)
-@click.argument("overrides", nargs=-1)
+@click.argument("words", nargs=-1, metavar="CONFIG .. [section.key=value ..]")
 @click.option("--local", is_flag=True, help="Run on this machine, whatever the config's cluster.")
 @click.option("--address", help="The Ray dashboard to submit to, such as http://head:8265.")
 @click.option("--detach", is_flag=True, help="Submit, and do not wait for the end.")
@@ -34,8 +34,7 @@ from pipeline.core.storage import Storage
 @click.option("--json", "as_json", is_flag=True, help="With --plan: as JSON.")
 @click.option("--schema", is_flag=True, help="Print the config's JSON schema, for editors.")
 def main(
-    config: str | None,
-    overrides: tuple[str, ...],
+    words: tuple[str, ...],
     local: bool,
     address: str | None,
     detach: bool,
@@ -44,17 +43,20 @@ def main(
     as_json: bool,
     schema: bool,
 ) -> None:
-    """Run CONFIG, or submit it to a cluster. CONFIG is a YAML file, or the URL of a run to go on with."""
+    """Run CONFIG, or submit it to a cluster. CONFIG is a YAML file, or the URL of a run to go on with; several run one after the
+    other on one Ray, and end in one page."""
     if schema:
         click.echo(json.dumps(Config.model_json_schema(), indent=2))
         return
-    if config is None:
+    if not words:
         raise click.UsageError("Missing argument 'CONFIG'.")
     if local and address:
         raise click.UsageError("--local and --address exclude each other.")
     with exit_codes():
         try:
-            code = _run(_load(config, list(overrides), local, address), address, detach=detach, fresh=fresh, plan=plan, as_json=as_json)
+            files, overrides = split_words(words)
+            configs = [_load(file, list(overrides), local, address) for file in files]
+            code = _run(configs, address, detach=detach, fresh=fresh, plan=plan, as_json=as_json)
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
             code = ExitCode.STOPPED
@@ -88,21 +90,17 @@ def _load_run(url: str, overrides: list[str]) -> Config:
     return config
 
 
-def _run(config: Config, address: str | None, *, detach: bool, fresh: bool, plan: bool, as_json: bool) -> int:
+def _run(configs: list[Config], address: str | None, *, detach: bool, fresh: bool, plan: bool, as_json: bool) -> int:
     if plan:
-        from pipeline.checkpoint.run import check_claim
-        from pipeline.plan.describe import as_text, describe
-        from pipeline.stages import check_config, check_resources, plan_config
-
-        check_config(config)
-        check_claim(config, fresh)
-        check_resources(config, write=False)
-        facts = describe(config, *plan_config(config))
-        click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
+        for i, config in enumerate(configs):
+            _plan(config, configs[:i], fresh, as_json)
         return ExitCode.DONE
+    config = configs[0]
+    if any(c.cluster != config.cluster for c in configs):
+        raise ConfigError("cluster: the configs name different clusters; submit those of each cluster by themselves")
     command = "python launch/submit.py " + shlex.join(arg for arg in sys.argv[1:] if arg != "--fresh")
     if config.cluster.is_local:
-        run_here(config, command=command, fresh=fresh, local=True)
+        run_here(configs, command=command, fresh=fresh, local=True)
         return ExitCode.DONE
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -115,9 +113,10 @@ def _run(config: Config, address: str | None, *, detach: bool, fresh: bool, plan
     use_token()  # before anything imports Ray, which looks once
     from pipeline.stages import check_config
 
-    check_config(config)
+    for each in configs:
+        check_config(each)
     cluster = RayCluster(address)
-    name = cluster.submit(config, command, fresh)
+    name = cluster.submit(configs, command, fresh)
     click.echo(f"job {name} on {cluster.address}; ctrl-C stops following, not the job", err=True)
     if detach:
         return ExitCode.DONE
@@ -126,6 +125,19 @@ def _run(config: Config, address: str | None, *, detach: bool, fresh: bool, plan
     except KeyboardInterrupt:
         click.echo(f"\njob {name} goes on; the same command follows it again", err=True)
         return ExitCode.NOT_FINISHED
+
+
+def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool) -> None:
+    """Print what `config` would do after those `before` it."""
+    from pipeline.checkpoint.run import check_claim
+    from pipeline.plan.describe import as_text, describe
+    from pipeline.stages import check_config, check_resources, made_by, plan_config
+
+    check_config(config)
+    check_claim(config, fresh)
+    check_resources(config, write=False, coming=made_by(before))
+    facts = describe(config, *plan_config(config, before))
+    click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
 
 
 if __name__ == "__main__":

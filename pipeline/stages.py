@@ -8,36 +8,38 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import yaml
 
+from pipeline import report
 from pipeline.checkpoint import Checkpoints, Run, claim_run
 from pipeline.checkpoint.model import check_start
 from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
-from pipeline.config.schema import Data
+from pipeline.config.schema import Data, Pretrain
 from pipeline.core.errors import ConfigError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
 from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.results import Result
+from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks
-from pipeline.models import check_model
-from pipeline.objectives import check_objective
+from pipeline.models import build
+from pipeline.models.options import Options
+from pipeline.objectives import Facts, check_mixing, check_objective, model_options
 from pipeline.plan import Plan, make_plan
-from pipeline.report.page import write_report
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
-from pipeline.stream.text import Tokenizer
-from pipeline.train.job import count_workers, pretrain
+from pipeline.train.inputs import Prepared, check_teacher, named_inputs, planned_facts
+from pipeline.train.job import pretrain
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
 from pipeline.train.zero import check_precision
@@ -61,8 +63,8 @@ def check_config(config: Config) -> None:
     if c.min_gpus is not None and (c.gpus is None or c.min_gpus > c.gpus):
         raise ConfigError(f"cluster.min_gpus: {c.min_gpus} is the least of cluster.gpus, which is {c.gpus or 'not given'}")
     if p:
-        check_model(p.model.name, p.model.arguments, p.image.pixels)
-        check_objective(p.objective.name, p.objective.arguments)
+        _options(p, classes=2)
+        check_mixing(p.objective.name, p.image)
         choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
         if config.shard:
@@ -72,47 +74,82 @@ def check_config(config: Config) -> None:
     check_evaluate(config)
 
 
-def check_resources(config: Config, write: bool = True) -> None:
+def made_by(configs: Sequence[Config]) -> frozenset[str]:
+    """URLs of the datasets that these configs will have made."""
+    return frozenset((run_directory(config) / "shards").url for config in configs if config.shard)
+
+
+def check_resources(config: Config, write: bool = True, coming: frozenset[str] = frozenset()) -> None:
     """Raises TesseraError for what the config names and is not there, or cannot be used: source, data, storage, start.
 
-    With `write`, an object is written to the storage and removed.
+    With `write`, an object is written to the storage and removed. Datasets at the URLs of `coming` need not be there yet.
     """
-    p = config.pretrain
+    p, endpoint = config.pretrain, config.storage.endpoint
     if p and config.cluster.is_local:
         check_precision(p.precision)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
-    if p and config.data:
+    check_subject(config)
+    is_to_run = write or _is_at_hand(config)  # a recipe can be planned with nothing at hand
+    classes = None
+    if p and config.data and not _data_urls(config) & coming and is_to_run:
         data = _open_data(config, config.data)
         data.check_pixels(p.image)
         data.check_cache(p.loader.cache)
-    if p and p.text:
-        Tokenizer.load(p.text.tokenizer, p.text.sha256, config.storage.endpoint)
-    if p and p.start and not Checkpoints(run_directory(config)).steps():  # with checkpoints of its own a run needs no other
-        check_start(p, config.storage.endpoint)
+        classes = len(data.classes)
+    if p and is_to_run:
+        check_teacher(p, classes, endpoint)
+    if p and is_to_run and not Checkpoints(run_directory(config)).steps():  # with checkpoints of its own a run needs no other
+        named = named_inputs(p, endpoint, run_directory(config))
+        if p.start:
+            check_start(p.start.from_, p.start.load, lambda n: build(p.model.name, _options(p, n, named), device="meta"), endpoint)
     if write:
-        Storage(config.storage.url, config.storage.endpoint).check_writable()
+        Storage(config.storage.url, endpoint).check_writable()
 
 
-def plan_config(config: Config) -> tuple[Plan | None, bool, int]:
-    """The plan of pre-training; whether its number of samples is an estimate, since the dataset may not be made yet, and
-    some images may then be dropped; and the number of workers it is for. Starts and writes nothing."""
+def plan_config(config: Config, before: Sequence[Config] = ()) -> tuple[Plan | None, bool, int]:
+    """The plan of pre-training; whether its number of samples is an estimate, since the dataset may not be made yet (by it, or by
+    those that run `before` it), and some images may then be dropped; and the number of workers it is for. Starts and writes nothing."""
     p = config.pretrain
     gpus = torch.cuda.device_count() if config.cluster.gpus is None else config.cluster.gpus
     workers = config.cluster.workers or gpus or 2
     if p is None:
         return None, False, workers
-    if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
-        listing = open_source(config.shard.source).scan()
-        samples = max(1, round(len(listing.items) * config.shard.splits[p.split]))
+    named = named_inputs(p, config.storage.endpoint, run_directory(config))
+
+    def facts(classes: int) -> Facts:
+        return named.facts(classes, planned_facts(p, classes))
+
+    if config.data and not _is_at_hand(config):
+        samples, classes = sum(part.samples or 0 for part in config.data), max(part.classes or 0 for part in config.data)
+        return make_plan(config, samples, facts(classes), workers), True, workers
+    maker = next((c for c in [*before, config] if c.shard and (c is config or made_by([c]) & _data_urls(config))), None)
+    if maker and maker.shard and not find_made(maker.shard, run_directory(maker) / "shards"):
+        listing = open_source(maker.shard.source).scan()
+        samples = max(1, round(len(listing.items) * maker.shard.splits[p.split]))
         mean = sum(item.bytes for item in listing.items) / max(1, len(listing.items))
-        return (
-            make_plan(config, samples, len(listing.classes), workers, Reading(mean, p.loader.block or (1 if _is_local(config) else BLOCK))),
-            True,
-            workers,
-        )
+        reading = Reading(mean, p.loader.block or (1 if _is_local(config) else BLOCK))
+        return make_plan(config, samples, facts(len(listing.classes)), workers, reading), True, workers
     data = _open_data(config, config.data or [Data(url=(run_directory(config) / "shards").url)])
-    return make_plan(config, data.samples, len(data.classes), workers, data.reading), False, workers
+    return make_plan(config, data.samples, facts(len(data.classes)), workers, data.reading), False, workers
+
+
+def _options(p: Pretrain, classes: int, named: Prepared | None = None) -> Options:
+    """Of the model, for so many classes; raises as `model_options`."""
+    check_objective(p.objective.name, p.objective.arguments)
+    planned = planned_facts(p, classes)
+    facts = named.facts(classes, planned) if named else planned
+    return model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
+
+
+def _data_urls(config: Config) -> set[str]:
+    """Of the datasets that `data` names."""
+    return {Storage(part.url, config.storage.endpoint).url for part in config.data or [] if part.url}
+
+
+def _is_at_hand(config: Config) -> bool:
+    """Whether all of `data` is named; a config without can be planned alone."""
+    return all(part.url for part in config.data or [])
 
 
 def _open_data(config: Config, data: list[Data]) -> Collection:
@@ -147,6 +184,11 @@ def run_stages(config: Config, *, command: str, fresh: bool = False) -> Outcome:
     return outcome
 
 
+def write_joint_page(outcomes: Sequence[Outcome], command: str) -> str:
+    """One page of several runs, in the place of the first's own; its URL."""
+    return report.write_joint_report([report.Shown(o.run.directory, o.run.config, o.run.dataset_url) for o in outcomes], command)
+
+
 class _Stages:
     def __init__(self, run: Run, tracker: Tracker, command: str) -> None:
         self.run, self.tracker, self.command = run, tracker, command
@@ -169,7 +211,7 @@ class _Stages:
         if self.config.evaluate:
             results = self._evaluate()
         with self._timed("report", "page"):
-            page = write_report(self.run.directory, self.config, self.run.dataset_url, self.command)
+            page = report.write_report(self.run.directory, self.config, self.run.dataset_url, self.command)
         self.tracker.artifact("report", "index.html", self.run.directory.read("report/index.html"))
         return Outcome(self.run, results, page)
 
@@ -183,10 +225,10 @@ class _Stages:
     def _pretrain(self, data: Collection) -> None:
         p = self.config.pretrain
         assert p is not None, "called for a config that pre-trains"
-        plan = make_plan(self.config, data.samples, len(data.classes), count_workers(self.config.cluster), data.reading)
+        steps = p.duration.steps(p.batch, data.samples)
         last = Checkpoints(self.run.directory).newest_sound()
-        if last is not None and last.step == plan.steps:
-            say(f"pretrain     finished already, at step {plan.steps:,}")
+        if last is not None and last.step == steps:
+            say(f"pretrain     finished already, at step {steps:,}")
             with self._stage("pretrain"):
                 return  # what an earlier submission could not send to MLflow is sent now
         began = time.perf_counter()

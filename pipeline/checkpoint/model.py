@@ -4,37 +4,61 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint.commit import Checkpoints
-from pipeline.config.schema import Pretrain
 from pipeline.core.errors import CheckpointError, NoSuchRun
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.models import build_model
-from pipeline.models.vit import VisionTransformer, resize_positions
+from pipeline.models import Model, create, formats
+from pipeline.stream.palette import Palette
+from pipeline.stream.text import Tokenizer
 
 WEIGHTS, CARD = "model.safetensors", "model.json"
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What it takes to build the model and to feed it; `dataset` is the hash of what it was trained on."""
+    """What it takes to build the model and to feed it.
+
+    `options` are all of the model's; `classes` are the dataset's, whether or not the model has a head for them; `palette` holds
+    the colours of a model of pixels, `tokenizer` the tokenizer.json of a model of captions; `dataset` is the hash of what it was
+    trained on, empty where `run` is the URL of a published model.
+    """
 
     model: str
-    arguments: dict[str, Any]
-    pixels: int
+    options: dict[str, Any]
+    objective: str
     classes: list[str]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     dataset: str
     run: str
     step: int
+    palette: list[list[float]] | None = None
+    tokenizer: str | None = None
+
+    @property
+    def pixels(self) -> int:
+        """The model's input, a side."""
+        return self.options["pixels"]
+
+    def make(self, **changes: Any) -> Model:
+        """The model, freshly initialised; `changes` are of its options."""
+        return create(self.model, **{**self.options, **changes})
+
+    def open_palette(self) -> Palette | None:
+        return Palette(np.array(self.palette, dtype=np.float32)) if self.palette else None
+
+    def open_tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.parse(self.tokenizer.encode()) if self.tokenizer else None
 
 
 def write_model(directory: Path, card: ModelCard, weights: dict[str, torch.Tensor]) -> None:
@@ -82,53 +106,96 @@ def split_url(url: str) -> tuple[str, int | None]:
     return (base, int(step)) if at and step.isdigit() else (url, None)
 
 
-def adapt_weights(card: ModelCard, weights: dict[str, torch.Tensor], model: VisionTransformer, where: str) -> dict[str, torch.Tensor]:
-    """Make a checkpoint's weights fit `model`: positions are interpolated to its resolution, and a head for other
-    classes is left zero, as fine-tuning in the ViT paper (section 3.2).
+def open_model(url: str, endpoint: str | None, where: str) -> tuple[ModelCard, dict[str, torch.Tensor]]:
+    """The card and fp32 weights of a run's checkpoint (`URL` or `URL@step`), or of a published model in any form that
+    `pipeline.models.formats` reads; begins errors with the config path `where`.
+
+    Raises:
+        CheckpointError: there is neither; or it is damaged.
+    """
+    base, step = split_url(url)
+    try:
+        if is_run(base, endpoint):
+            return find_model(Storage(base, endpoint), step)
+        found = formats.read(url, endpoint=endpoint)
+    except NoSuchRun as e:
+        raise CheckpointError(f"{where}: there is no committed checkpoint in {base}") from e
+    except CheckpointError as e:
+        raise CheckpointError(f"{where}: {e}") from e
+    half = (0.5, 0.5, 0.5)
+    return ModelCard(
+        found.name, dict(found.options), "", found.classes or [], found.mean or half, found.std or half, dataset="", run=url, step=0
+    ), found.state
+
+
+def is_run(url: str, endpoint: str | None) -> bool:
+    """Whether a run's directory is what `url` names."""
+    directory = Storage(url, endpoint)
+    return directory.exists("run.yaml") or bool(Checkpoints(directory).steps())
+
+
+def adapt_weights(card: ModelCard, weights: Mapping[str, torch.Tensor], model: Model, where: str) -> dict[str, torch.Tensor]:
+    """Make a checkpoint's weights fit `model`: positions are interpolated to its resolution, and a head for other classes is left
+    zero, as fine-tuning in the ViT paper (section 3.2).
 
     Raises:
         CheckpointError: the weights are of a different model; names the first differing parameter and both shapes.
     """
-    wanted = model.state_dict()
-    fitted = dict(weights)
-    fitted["pos_embed"] = resize_positions(weights["pos_embed"], model.pixels // model.patch) if "pos_embed" in weights else model.pos_embed
-    for name in ("head.weight", "head.bias"):
-        if name in wanted and (name not in weights or weights[name].shape != wanted[name].shape):
-            fitted[name] = torch.zeros_like(wanted[name])
-        elif name not in wanted:
-            fitted.pop(name, None)
-    _check_shapes(card, fitted, wanted, where)
+    fitted = model.adapt(weights)
+    _check_shapes(card, fitted, model.state_dict(), where)
     return fitted
 
 
-def check_start(pretrain: Pretrain, endpoint: str | None, where: str = "pretrain.start.from") -> None:
-    """Preflight: raise what is wrong with the checkpoint that `pretrain.start` names, from its card alone.
+def find_start_card(url: str, endpoint: str | None, where: str = "pretrain.start.from") -> ModelCard | None:
+    """The card of the run's checkpoint that `url` names; None where it names no run.
+
+    Raises:
+        CheckpointError: nothing was committed there, or it is damaged.
+    """
+    base, step = split_url(url)
+    if not is_run(base, endpoint):
+        return None
+    try:
+        return find_card(Storage(base, endpoint), step)
+    except NoSuchRun as e:
+        raise CheckpointError(f"{where}: there is no committed checkpoint in {base}") from e
+    except CheckpointError as e:
+        raise CheckpointError(f"{where}: {e}") from e
+
+
+def check_start(url: str, load: str, make: Callable[[int], Model], endpoint: str | None, where: str = "pretrain.start.from") -> None:
+    """Preflight: raise what is wrong with the checkpoint that `pretrain.start` names. Of a run the card alone is read; `make` gives
+    the config's model for a number of classes, on the meta device.
 
     Raises:
         CheckpointError: it is missing or damaged, or it is of a different model.
     """
-    assert pretrain.start is not None, "called for a config that starts from a checkpoint"
-    url, step = split_url(pretrain.start.from_)
-    try:
-        card = find_card(Storage(url, endpoint), step)
-    except NoSuchRun as e:
-        raise CheckpointError(f"{where}: there is no committed checkpoint in {url}") from e
-    except CheckpointError as e:
-        raise CheckpointError(f"{where}: {e}") from e
-    with torch.device("meta"):  # shapes without numbers
-        theirs = build_model(card.model, card.arguments, pixels=card.pixels, classes=len(card.classes))
-        ours = build_model(pretrain.model.name, pretrain.model.arguments, pixels=pretrain.image.pixels, classes=len(card.classes))
-    if pretrain.start.load == "weights":
-        adapt_weights(card, theirs.state_dict(), ours, where)
+    card = find_start_card(url, endpoint, where)
+    if card is not None:
+        with torch.device("meta"):  # shapes without numbers
+            weights: Mapping[str, torch.Tensor] = card.make().state_dict()
     else:
-        _check_shapes(card, theirs.state_dict(), ours.state_dict(), where)
+        card, state = open_model(url, endpoint, where)
+        weights = {name: tensor.to("meta") for name, tensor in state.items()}
+    ours = make(len(card.classes))
+    if load == "weights":
+        adapt_weights(card, weights, ours, where)
+    else:
+        _check_shapes(card, weights, ours.state_dict(), where)
 
 
-def _check_shapes(card: ModelCard, given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], where: str) -> None:
+def _check_shapes(card: ModelCard, given: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str) -> None:
     for name in sorted({*wanted, *given}):
         theirs, ours = (tuple(s[name].shape) if name in s else "none" for s in (given, wanted))
         if theirs != ours:
+            whose = f"of run {card.run} at step {card.step}" if card.dataset else card.run
             raise CheckpointError(
-                f"{where}: the checkpoint of run {card.run} at step {card.step} is of a different model, {card.model} {card.arguments}: "
+                f"{where}: the checkpoint {whose} is of a different model, {card.model} {_told(card.options)}: "
                 f"its {name} has shape {theirs}, this model's has {ours}"
             )
+
+
+def _told(options: Mapping[str, Any]) -> str:
+    """Options in a few words."""
+    told = {name: value for name, value in options.items() if name in ("pixels", "patch", "width", "depth", "classes", "colors")}
+    return ", ".join(f"{name} {value}" for name, value in told.items())

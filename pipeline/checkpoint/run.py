@@ -34,7 +34,7 @@ _FREE = (
 )
 
 # What Tessera itself puts into a run directory; shards may be there before the run is, and stay after --fresh.
-_PARTS = ("checkpoints", "evaluation", "report", "run.yaml", "shards", "spool", "timings.json")
+_PARTS = ("checkpoints", "evaluation", "palette.npy", "report", "run.yaml", "shards", "spool", "timings.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
     @property
     def dataset_url(self) -> str:
         """The dataset of this run; the first one of several."""
-        return self.data[0].url
+        return str(self.data[0].url)
 
     @property
     def tracking_uri(self) -> str:
@@ -101,7 +101,7 @@ def claim_run(config: Config, fresh: bool = False) -> Run:
     directory = run_directory(config)
     there = check_claim(config, fresh)
     if fresh:
-        for part in ("checkpoints", "evaluation", "report", "timings.json", "run.yaml"):
+        for part in ("checkpoints", "evaluation", "palette.npy", "report", "timings.json", "tokenizer.json", "run.yaml"):
             directory.remove(part)
     if there is None or fresh:
         record: dict[str, Any] = {"id": uuid.uuid4().hex, "owner": _owner(), "config": config.model_dump(mode="json", by_alias=True)}

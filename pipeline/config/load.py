@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,17 @@ _PATHS = (
     "pretrain.start.from",
     "pretrain.text",
     "pretrain.text.tokenizer",
+    "pretrain.palette",
+    "pretrain.palette.url",
+    "pretrain.objective.teacher",
     "pretrain.loader.cache",
     "pretrain.loader.cache.path",
+    "evaluate.model",
+    "evaluate.palette",
+    "evaluate.tokenizer",
     "evaluate.suites.data",
 )
+_WORDS = ("own", "three-bit")  # no paths: a suite's data, a palette
 _URLS = (*_PATHS, "storage.endpoint", "tracking.uri", "cluster.address")
 
 # What a plain word stands for, where it is not the name.
@@ -80,6 +87,7 @@ _PLAIN_KEYS = {
     "data": "url",
     "pretrain.start": "from",
     "pretrain.text": "tokenizer",
+    "pretrain.palette": "url",
     "pretrain.loader.cache": "path",
 }
 
@@ -88,7 +96,7 @@ def _make_paths_absolute(values: dict[str, Any]) -> None:
     for dotted in _PATHS:
         for section, key in _texts(values, dotted):
             path = section[key]
-            if path and "://" not in path and (dotted, path) != ("evaluate.suites.data", "own"):
+            if path and "://" not in path and not (path in _WORDS and dotted.endswith((".data", ".palette", ".palette.url"))):
                 section[key] = os.path.abspath(os.path.expanduser(path))
 
 
@@ -170,6 +178,19 @@ def _spell_out(value: Any, where: str) -> Any:
 
 def _join(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line's words as (configs, overrides of all of them): an override has a key before its first `=`.
+
+    Raises:
+        ConfigError: there is no config among them.
+    """
+    overrides = [word for word in words if re.match(r"[A-Za-z_][\w.-]*=", word)]
+    configs = [word for word in words if word not in overrides]
+    if not configs:
+        raise ConfigError("config: is missing; name a YAML file, or the URL of a run")
+    return configs, overrides
 
 
 def apply_override(values: dict[str, Any], text: str) -> None:

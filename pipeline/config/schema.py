@@ -9,85 +9,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Quantity, Section, Span
 from pipeline.core import units
-
-
-def _count(value: object) -> units.Duration:
-    duration = _interval(value)
-    if duration.is_time:
-        raise ValueError("must be counted in epochs, samples or steps, not in time")
-    return duration
-
-
-def _interval(value: object) -> units.Duration:
-    duration = units.Duration.parse(value)
-    if duration.value <= 0:
-        raise ValueError("must be more than zero")
-    return duration
-
-
-_DURATION_SCHEMA = WithJsonSchema(
-    {"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["90 epochs", "400M samples", "20000 steps"]}
-)
-Span = Annotated[units.Duration, BeforeValidator(_count), PlainSerializer(str), _DURATION_SCHEMA]  # epochs, samples or steps
-Interval = Annotated[units.Duration, BeforeValidator(_interval), PlainSerializer(str), _DURATION_SCHEMA]  # those, or a time
-Bytes = Annotated[
-    int,
-    BeforeValidator(units.parse_bytes),
-    PlainSerializer(lambda n: n),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.SIZE_PATTERN, "examples": ["256 MiB"]}]}
-    ),
-]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Part = Annotated[float, Field(gt=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Flag = Annotated[bool, Field(strict=True)]  # 'yes' and 1 are no booleans
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values cannot be changed, a plain word stands for `{name: word}`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    _plain_key: str = "name"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_plain_word(cls, value: Any) -> Any:
-        key = cls._key_of_plain_word()
-        return {key: value} if isinstance(value, str) and key else value
-
-    @classmethod
-    def _key_of_plain_word(cls) -> str | None:
-        """The key that a plain word gives, in sections that need no other."""
-        key = str(cls.__private_attributes__["_plain_key"].default)
-        needed = {f.alias or name: f.is_required() for name, f in cls.model_fields.items()}
-        return key if key in needed and not any(needed[k] for k in needed if k != key) else None
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """As people write it: with `extends`, which may give what is required elsewhere, or as a plain word."""
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        schema["properties"]["extends"] = {"type": "string", "description": "a file that this section varies"}
-        schema.pop("required", None)
-        return {"anyOf": [schema, {"type": "string"}]} if cls._key_of_plain_word() else schema
 
 
 class StorageSection(Section):
@@ -159,24 +84,23 @@ class Shard(Section):
         return splits
 
 
-class ModelSection(Section):
-    """A model by name, and the arguments its builder takes."""
+class _Named(Section):
+    """Something by name, and the arguments its builder takes; null takes away one that an extended file gave."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+        return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
 
 
-class Objective(Section):
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
+class ModelSection(_Named):
+    """A model by name: `python -m pipeline.models` lists them."""
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+
+class Objective(_Named):
+    """What training minimises."""
 
 
 class RandAugment(Section):
@@ -217,9 +141,27 @@ class Text(Section):
     """From a sample's caption to tokens."""
 
     _plain_key: str = "tokenizer"
-    tokenizer: str = Field(description="a tokenizer.json that `python -m pipeline.stream.text` made, or OpenAI's vocabulary (.txt.gz)")
+    tokenizer: str | None = Field(
+        None,
+        description="a tokenizer.json that `python -m pipeline.stream.text` made, or OpenAI's vocabulary (.txt.gz); "
+        "default: the run learns one from its captions",
+    )
     sha256: str | None = Field(None, description="of that file; what differs is refused")
+    size: Count = Field(49408, description="tokens, at most, where the run learns them")
     length: Annotated[int, Field(ge=3)] = Field(77, description="tokens a caption, the first and last marks included")
+
+
+class Palette(Section):
+    """From pixels to colour numbers, for models of pixels."""
+
+    _plain_key: str = "url"
+    url: str | None = Field(
+        None,
+        description="a .npy that `python -m pipeline.stream.palette` made, OpenAI's clusters, or `three-bit`; "
+        "default: the run learns one from its images",
+    )
+    sha256: str | None = Field(None, description="of that file; what differs is refused")
+    colors: Annotated[int, Field(ge=2, le=2**15)] = Field(512, description="how many, where the run learns them")
 
 
 class Cache(Section):
@@ -240,7 +182,8 @@ class Loader(Section):
 
 
 class Start(Section):
-    """Begin from another run's checkpoint: `URL` (its newest) or `URL@step`."""
+    """Begin from another run's checkpoint, `URL` (its newest) or `URL@step`, or from a published model's weights: a directory or file in
+    Hugging Face's, timm's, open_clip's, OpenAI's or Google's form."""
 
     _plain_key: str = "from"
     from_: str = Field(alias="from")
@@ -258,8 +201,19 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
+    """`rsqrt` goes on for ever, so it has a `cooldown` to end with."""
+
     name: str = "cosine"
     warmup: Span | None = None
+    cooldown: Span | None = Field(None, description="of rsqrt: linear to zero over the last of the run")
+    timescale: Span | None = Field(None, description="of rsqrt: after it the rate is 1 / sqrt 2 of its peak; default: 10000 steps")
+
+    @model_validator(mode="after")
+    def _only_rsqrt_goes_on(self) -> Schedule:
+        for key in ("cooldown", "timescale"):
+            if getattr(self, key) and self.name != "rsqrt":
+                raise ValueError(f"{key}: is of the schedule rsqrt alone, and this is {self.name}")
+        return self
 
 
 class Zero(Section):
@@ -281,6 +235,7 @@ class Pretrain(Section):
     objective: Objective = Objective(name="classify")
     image: Image = Image()
     text: Text | None = None
+    palette: Palette | None = None
     start: Start | None = None
     batch: Count = Field(256, description="global, in samples")
     micro_batch: Count = Field(64, description="one forward pass of one rank, in samples")
@@ -306,7 +261,9 @@ class Pretrain(Section):
 class FineTune(Section):
     """ViT paper, table 4: SGD with momentum, cosine, no weight decay, clipping at 1."""
 
-    pixels: Count | None = Field(None, description="default: twice the resolution of pre-training")
+    pixels: Count | None = Field(
+        None, description="default: twice the resolution of pre-training; of a model of pixels the same, for its sequence grows by four"
+    )
     steps: Count = 500
     batch: Count = 512
     lr: list[Positive] = Field([0.003, 0.01, 0.03, 0.06], min_length=1, description="the best on a tenth of the training split is used")
@@ -321,14 +278,38 @@ class Suite(Section):
     data: str | None = None
     train: str = "train"
     test: str = "test"
+    templates: list[str] = Field(
+        ["a photo of a {}."], min_length=1, description="captions of zero-shot, each with {} where the class belongs; their mean is used"
+    )
+    class_names: list[str] | None = Field(
+        None, description="what zero-shot calls the classes, in their order; default: the dataset's names"
+    )
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place(cls, templates: list[str]) -> list[str]:
+        for n, template in enumerate(templates):
+            if template.count("{}") != 1:
+                raise ValueError(f"{n}: {template!r} should hold {{}} once, where the name of the class belongs")
+        return templates
 
 
 class Evaluate(Section):
+    model: str | None = Field(
+        None,
+        description="in place of a pretrain section: a run, `URL` or `URL@step`, or a published model, as pretrain.start takes it",
+    )
+    palette: str | None = Field(None, description="the colours of a published model of pixels, as pretrain.palette names them")
+    tokenizer: str | None = Field(None, description="the tokens of a published CLIP, as pretrain.text names them")
     suites: list[Suite] = Field(min_length=1)
     protocols: list[str] = ["supervised", "linear", "few-shot", "fine-tune"]
     seeds: Count = 3
     shots: list[Count] = [1, 5, 10, 25]
     fine_tune: FineTune = FineTune()
+    completions: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="test images of the first suite whose lower half a model of pixels draws anew, for the page; and as many from nothing",
+    )
 
 
 class Bound(Section):
@@ -348,10 +329,18 @@ class Data(Section):
     """A dataset, or what is left of it: shards are never rewritten, samples are left out as they are read."""
 
     _plain_key: str = "url"
-    url: str = Field(description="URL, or URL@version")
+    url: str | None = Field(None, description="URL, or URL@version; without it a config can only be planned, by `samples` and `classes`")
+    samples: Quantity | None = Field(None, description="how many there are, to plan with before the data is at hand")
+    classes: Quantity | None = Field(None, description="likewise")
     deny: list[str] = Field([], description="lists of keys to leave out: a text file, a line a key, or Parquet with a column `key`")
     where: dict[str, Bound] = Field({}, description="bounds by column of the index; a sample without the value is left out")
     weight: Positive | None = Field(None, description="share in a mixture, relative to the others; default: the number of samples")
+
+    @model_validator(mode="after")
+    def _is_named_or_counted(self) -> Data:
+        if self.url is None and self.samples is None:
+            raise ValueError("url: is missing, and samples too; name the dataset, or say how many samples to plan for")
+        return self
 
 
 def _or_one_item(schema: dict[str, Any]) -> None:
@@ -406,8 +395,10 @@ class Config(Section):
             raise ValueError("pretrain: needs data, a dataset's URL, or a shard section that makes one")
         if self.shard and self.data:
             raise ValueError("data: give either data or a shard section, not both")
-        if self.evaluate and not self.pretrain:
-            raise ValueError("evaluate: needs a pretrain section, whose checkpoint is evaluated")
+        if self.evaluate and not self.pretrain and not self.evaluate.model:
+            raise ValueError("evaluate.model: is missing, and there is no pretrain section whose checkpoint could be evaluated")
+        if self.evaluate and self.pretrain and self.evaluate.model:
+            raise ValueError("evaluate.model: give either that or a pretrain section, whose checkpoint is evaluated")
         return self
 
 

@@ -14,6 +14,7 @@ _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2*
 _LARGEST = 1e15  # of any unit; counts stay exact
 
 DURATION_PATTERN = rf"^{_NUMBER}\s*([kKMB]?)\s+({'|'.join([*_COUNT, *_TIME])})s?$"
+COUNT_PATTERN = rf"^{_NUMBER}\s*([kKMB]?)$"
 SIZE_PATTERN = rf"^{_NUMBER}\s*({'|'.join(_BYTES)})$"
 
 
@@ -62,6 +63,15 @@ class Duration:
         return f"{self.value:.12g} {self.unit}{'' if self.value == 1 else 's'}"
 
 
+def parse_count(text: object) -> int:
+    """`14.2M` or a plain number, of things there are: at least 1. Raises ValueError naming the prefixes."""
+    match = re.match(COUNT_PATTERN, text.strip()) if isinstance(text, str) else None
+    count = float(match[1]) * _PREFIX[match[2]] if match else text
+    if isinstance(count, bool) or not isinstance(count, int | float) or not 1 <= count <= _LARGEST or round(count) != count:
+        raise ValueError("needs a whole number of 1 or more, such as 1281167 or '14.2M' (k, M, B)")
+    return round(count)
+
+
 def parse_bytes(text: object) -> int:
     """`256 MiB` or a plain number of bytes. Raises ValueError naming the units."""
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
@@ -89,6 +99,14 @@ def format_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{letter}"
     return f"{count:.3g}"
+
+
+def format_flops(count: float) -> str:
+    """1.57e21 floating-point operations as `1.57 zettaFLOP`, in steps of a thousand."""
+    for size, name in ((1e21, "zetta"), (1e18, "exa"), (1e15, "peta"), (1e12, "tera"), (1e9, "giga"), (1e6, "mega")):
+        if count >= size:
+            return f"{count / size:.3g} {name}FLOP"
+    return f"{count:.3g} FLOP"
 
 
 def format_seconds(seconds: float) -> str:

@@ -13,8 +13,9 @@ import torch
 
 from pipeline.checkpoint import ModelCard
 from pipeline.core.errors import CheckpointError
-from pipeline.models import build_model
-from pipeline.models.vit import VisionTransformer
+from pipeline.models import Model
+from pipeline.models.igpt import IGPT
+from pipeline.models.registry import family_of
 from pipeline.stream import Dataset
 from pipeline.stream.batches import evaluation_batches
 from pipeline.stream.decode import normalize
@@ -38,18 +39,39 @@ def device() -> torch.device:
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_model(card: ModelCard, state: dict[str, torch.Tensor]) -> VisionTransformer:
+def load_model(card: ModelCard, state: dict[str, torch.Tensor]) -> Model:
     """The model that `card` describes with the weights `state`, in fp32, ready to evaluate.
 
     Raises:
         CheckpointError: the weights are of another model.
     """
-    model = build_model(card.model, card.arguments, pixels=card.pixels, classes=len(card.classes))
+    model = card.make()
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
         raise CheckpointError(f"checkpoint: the weights of step {card.step} do not fit the model {card.model!r} ({e})") from e
     return model.to(device()).eval()
+
+
+def preprocess(card: ModelCard) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From uint8 (N, P, P, 3) to the model's input: normalised (N, 3, P, P), or the numbers of its palette's colours (N, P * P).
+
+    Raises:
+        CheckpointError: a model of pixels without a palette, as published ones come.
+    """
+    if family_of(card.model) == "igpt":
+        palette = card.open_palette()
+        if palette is None:
+            raise CheckpointError(f"checkpoint: {card.run} is a model of pixels, and comes without the palette that it was trained with")
+        return palette.encode
+    return lambda images: normalize(images, card.mean, card.std)
+
+
+def logits_of(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From the model's input to its class logits (N, C)."""
+    if isinstance(model, IGPT):
+        return lambda tokens: model(tokens, classify=True)[1]
+    return model
 
 
 def labelled(dataset: Dataset) -> np.ndarray:
@@ -66,16 +88,16 @@ def extract(
     pixels: int | None = None,
     batch: int = BATCH,
 ) -> Features:
-    """What `run` (a model, or its `features`) gives for each sample of `numbers`, by default for all labelled ones.
+    """What `run` (a model's `features`, or its logits) gives for each sample of `numbers`, by default for all labelled ones.
 
-    The view is `evaluation_view` at `pixels` (default: the card's), normalised with the card's mean and deviation.
+    The view is `evaluation_view` at `pixels` (default: the card's), preprocessed as the card says.
     """
+    prepare = preprocess(card)
     chosen = labelled(dataset) if numbers is None else np.asarray(numbers)
     values, labels, keys = [], [], []
     with torch.inference_mode():
         for piece in evaluation_batches(dataset, pixels or card.pixels, batch, workers=1, numbers=chosen.tolist()):
-            images = normalize(piece.images.to(device()), card.mean, card.std)
-            values.append(run(images).float().cpu().numpy())
+            values.append(run(prepare(piece.images.to(device()))).float().cpu().numpy())
             labels.append(piece.labels.numpy())
             keys += piece.keys
     return Features(np.concatenate(values), np.concatenate(labels), keys)

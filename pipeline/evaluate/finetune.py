@@ -3,6 +3,9 @@
 SGD with momentum .9, cosine decay to 0 after a linear warm-up, no weight decay, gradients clipped at norm 1, the head
 zero-initialised, the resolution higher and the position embeddings interpolated. All weights are trained. The training
 view is that of pre-training, at the new resolution. In fp32 on a CPU, in bf16 with fp32 weights on a GPU.
+
+Of a CLIP the image tower is tuned, of an MAE the encoder. A model of pixels is tuned by the joint loss of Chen et al. 2020
+(section 2.3), and at its own resolution: twice as many pixels a side make a sequence of four times the length.
 """
 
 from __future__ import annotations
@@ -15,21 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from pipeline.checkpoint import ModelCard, adapt_weights
 from pipeline.config.schema import FineTune, Image
 from pipeline.core.errors import Diverged
 from pipeline.core.progress import Progress
-from pipeline.evaluate.features import device, extract, labelled
+from pipeline.evaluate.features import device, extract, labelled, logits_of
 from pipeline.evaluate.probe import held_out
 from pipeline.evaluate.tasks import Task
-from pipeline.models import build_model
-from pipeline.models.vit import VisionTransformer
+from pipeline.models import Model
+from pipeline.models.registry import as_classifier, family_of
+from pipeline.objectives import Inputs, Objective, build_objective
 from pipeline.stream import Dataset, Stream
-from pipeline.stream.decode import normalize
 from pipeline.stream.ledger import Ledger
-from pipeline.stream.mixing import mixed
 from pipeline.stream.mixture import Mixture
 from pipeline.stream.order import Order
 from pipeline.train.schedule import factor
@@ -116,18 +117,25 @@ def describe(swept: Sequence[Outcome], tuned: Sequence[Outcome]) -> dict[str, An
     return {"lr": tuned[0].lr, "sweep": sweep, "losses": [o.loss for o in tuned]}
 
 
-def prepare(card: ModelCard, state: dict[str, torch.Tensor], pixels: int, classes: int) -> VisionTransformer:
-    """The model at `pixels` a side: positions interpolated, the head zero.
+def prepare(card: ModelCard, state: dict[str, torch.Tensor], pixels: int, classes: int) -> Model:
+    """A classifier with the card's weights, at `pixels` a side: positions interpolated, the head zero.
 
     Raises:
         CheckpointError: the weights are of another model.
     """
-    model = build_model(card.model, card.arguments, pixels=pixels, classes=classes)
-    model.load_state_dict(adapt_weights(card, state, model, "evaluate.fine_tune"))
-    assert isinstance(model.head, torch.nn.Linear), "a model for classes has a head"
-    torch.nn.init.zeros_(model.head.weight)
-    torch.nn.init.zeros_(model.head.bias)
+    model = as_classifier(card.model, card.options, pixels=pixels, classes=classes)
+    body = {name: tensor for name, tensor in state.items() if name not in model.head_names}
+    model.load_state_dict(adapt_weights(card, body, model, "evaluate.fine_tune"))
     return model.to(device())
+
+
+def prepare_objective(card: ModelCard) -> Objective:
+    """Cross-entropy; for models of pixels beside the generative loss (Chen et al. 2020, section 2.3)."""
+    inputs = Inputs(card.mean, card.std, palette=card.open_palette())
+    if family_of(card.model) != "igpt":
+        return build_objective("classify", {}, inputs)
+    generative = "bert-pixels" if card.options.get("masked") else "next-pixel"
+    return build_objective("pixels-and-classes", {"generative": generative}, inputs)
 
 
 def learning_rate(lr: float, step: int, settings: Settings) -> float:
@@ -167,13 +175,13 @@ def _train_and_score(
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)  # dropout
-        loss = _train(model, card, stream, settings, lr, label)
-    logits = extract(model.eval(), card, test, score, pixels=settings.image.pixels, batch=settings.limit)
+        loss = _train(model, prepare_objective(card), stream, settings, lr, label)
+    logits = extract(logits_of(model.eval()), card, test, score, pixels=settings.image.pixels, batch=settings.limit)
     correct = int((logits.values.argmax(axis=1) == logits.labels).sum())
     return Outcome(lr, correct, len(score), loss, time.perf_counter() - start)
 
 
-def _train(model: VisionTransformer, card: ModelCard, stream: Stream, settings: Settings, lr: float, label: str) -> float:
+def _train(model: Model, objective: Objective, stream: Stream, settings: Settings, lr: float, label: str) -> float:
     """`settings.steps` steps in place; the last loss."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=0.0)
@@ -185,10 +193,8 @@ def _train(model: VisionTransformer, card: ModelCard, stream: Stream, settings: 
             total = torch.zeros((), device=where)
             for _ in range(stream.rounds):
                 piece = next(pieces)
-                images = mixed(normalize(piece.images.to(where), card.mean, card.std), piece.mix)
                 with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-                    logits = model(images)
-                loss = F.cross_entropy(logits.float(), piece.labels.to(where)) / stream.rounds
+                    loss = objective.loss(model, piece.to(where))[0] / stream.rounds
                 loss.backward()
                 total += loss.detach()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

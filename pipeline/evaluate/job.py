@@ -16,17 +16,19 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from pipeline.checkpoint import ModelCard, find_model
+from pipeline.checkpoint import ModelCard
 from pipeline.config.schema import Config
 from pipeline.core.errors import StageFailed, TesseraError, find_error
 from pipeline.core.progress import Event, Progress, say, set_sink
 from pipeline.core.storage import Storage
 from pipeline.core.units import format_seconds
-from pipeline.evaluate import fewshot, finetune, probe, supervised
+from pipeline.evaluate import drawn, fewshot, finetune, layers, probe, supervised, zeroshot
 from pipeline.evaluate.finetune import Outcome, Settings
+from pipeline.evaluate.protocols import Kind, fine_tune_pixels
 from pipeline.evaluate.results import DIRECTORY, Result, find_result, in_order, make_result, metric_values, write_result
-from pipeline.evaluate.tasks import Task, find_tasks, fine_tune_pixels, fine_tune_seeds
-from pipeline.evaluate.wanted import Wanted, Weights, list_wanted
+from pipeline.evaluate.subject import find_subject, training_view
+from pipeline.evaluate.tasks import Task, find_tasks, fine_tune_seeds
+from pipeline.evaluate.wanted import Wanted, Weights, hash_weights, list_wanted, pictures_wanted
 
 _LOOK_EVERY = 0.5  # seconds
 _RETRIES = 2  # of a task whose machine or process died
@@ -42,7 +44,7 @@ class _Running:
 
 
 def evaluate(config: Config, run: Storage, dataset_url: str) -> tuple[list[Result], dict[str, float]]:
-    """Score the newest checkpoint of `run` on every task and protocol of `config.evaluate`.
+    """Score the newest checkpoint of `run`, or the model that the config names, on every task and protocol of `config.evaluate`.
 
     Needs a Ray that is initialised. `dataset_url` is the dataset that the run was trained on. Returns the results and
     their values for tracking, `evaluate/<suite>/<protocol>/top1` and the ends of the interval, as fractions.
@@ -50,7 +52,7 @@ def evaluate(config: Config, run: Storage, dataset_url: str) -> tuple[list[Resul
     Raises:
         NoSuchRun, CheckpointError, DataError: nothing to evaluate. TesseraError: a task failed; the others are done and kept.
     """
-    card, state = find_model(run)
+    card, state = find_subject(config, run)
     return evaluate_model(config, run, find_tasks(config, dataset_url), card, state)
 
 
@@ -59,13 +61,17 @@ def evaluate_model(
 ) -> tuple[list[Result], dict[str, float]]:
     """As `evaluate`, for weights that are at hand."""
     weights = {name: tensor.numpy() for name, tensor in state.items()}
-    wanted = list_wanted(config, tasks, card, weights)
+    digest = hash_weights(weights)
+    wanted, pictures = list_wanted(config, tasks, card, digest), pictures_wanted(config, tasks, card, digest)
     results = [r for w in wanted if (r := find_result(run, w.file)) and r.fingerprint == w.fingerprint]
-    _remove_stale(run, {r.file for r in results})
     kept = {r.file for r in results}
+    has_pictures = pictures == drawn.pictures_fingerprint(run)
+    _remove_stale(run, kept if pictures is None or not has_pictures else {*kept, drawn.ABOUT, drawn.COMPLETIONS, drawn.SAMPLES})
     missing = [w for w in wanted if w.file not in kept]
     if results:
         say(f"evaluate     {len(results)} of {len(wanted)} scores are there already")
+    if pictures and not has_pictures:
+        missing.append(Wanted(tasks[0], "pictures", "pictures", pictures))
     if missing:
         results += _work(config, run, missing, card, weights)
     results = in_order(results)
@@ -73,9 +79,9 @@ def evaluate_model(
 
 
 def _remove_stale(run: Storage, current: set[str]) -> None:
-    """Results of an earlier checkpoint or other settings go before new ones come, so that no page ever mixes them."""
+    """What is of an earlier checkpoint or other settings goes before anything new comes, so that no page ever mixes them."""
     for name in run.names(DIRECTORY):
-        if name.endswith(".json") and f"{DIRECTORY}/{name}" not in current:
+        if name.endswith((".json", ".png")) and f"{DIRECTORY}/{name}" not in current:
             run.remove(f"{DIRECTORY}/{name}")
 
 
@@ -93,7 +99,7 @@ def _work(config: Config, run: Storage, wanted: list[Wanted], card: ModelCard, w
                 for reference in ready:
                     kind, one = running.kinds.pop(reference)
                     try:
-                        done = _collect(config, running, kind, one, ray.get(reference))
+                        done = _collect(config, run, running, kind, one, card, ray.get(reference))
                     except RayError as e:
                         failures.append(e)
                         done = []
@@ -114,10 +120,11 @@ def _work(config: Config, run: Storage, wanted: list[Wanted], card: ModelCard, w
 
 def _submit(config: Config, wanted: list[Wanted], card: ModelCard, weights: Weights, board: Any) -> _Running:
     """Hand everything to Ray: seeds of fine-tuning wait there for the sweep that they need."""
-    assert config.evaluate is not None and config.pretrain is not None
+    assert config.evaluate is not None
     ev, running = config.evaluate, _Running()
     seeds = [config.seed + i for i in range(ev.seeds)]
-    tuning = Settings.of(ev.fine_tune, config.pretrain.image, fine_tune_pixels(config), config.pretrain.micro_batch)
+    view, micro_batch = training_view(config, card)
+    tuning = Settings.of(ev.fine_tune, view, fine_tune_pixels(ev.fine_tune, Kind.of(card)), micro_batch)
     subject = ray.put((card, weights))
     alone = len(wanted) == 1 and "fine-tune" not in ev.protocols
     options: dict[str, Any] = {"num_cpus": 1, "max_retries": _RETRIES}
@@ -134,8 +141,14 @@ def _submit(config: Config, wanted: list[Wanted], card: ModelCard, weights: Weig
         match one.protocol:
             case "supervised":
                 start("result", one, _supervised)
+            case "zero-shot":
+                start("result", one, _zeroshot)
             case "linear":
                 start("result", one, _linear, config.seed)
+            case "layers":
+                start("result", one, _layers, config.seed)
+            case "pictures":
+                start("pictures", one, _pictures, ev.completions, config.seed)
             case "fine-tune":
                 rates = ev.fine_tune.lr
                 sweep = [start("sweep", one, _sweep, tuning, lr, config.seed) for lr in rates] if len(rates) > 1 else []
@@ -148,10 +161,13 @@ def _submit(config: Config, wanted: list[Wanted], card: ModelCard, weights: Weig
     return running
 
 
-def _collect(config: Config, running: _Running, kind: str, one: Wanted, value: Any) -> list[Result]:
-    """The results that are finished now that a task has given `value`."""
+def _collect(config: Config, run: Storage, running: _Running, kind: str, one: Wanted, card: ModelCard, value: Any) -> list[Result]:
+    """The results that are finished now that a task has given `value`; pictures are written at once."""
     assert config.evaluate is not None
     match kind:
+        case "pictures":
+            drawn.write_pictures(run, value, one.fingerprint, one.task, config.evaluate.completions)
+            return []
         case "result":
             return [value]
         case "results":
@@ -165,7 +181,7 @@ def _collect(config: Config, running: _Running, kind: str, one: Wanted, value: A
     if len(tuned) < fine_tune_seeds(config):
         return []
     how, swept = config.evaluate.fine_tune, running.swept.get(one.file, [])
-    details = {"pixels": fine_tune_pixels(config), "steps": how.steps, "batch": how.batch, **finetune.describe(swept, tuned)}
+    details = {"pixels": fine_tune_pixels(how, Kind.of(card)), "steps": how.steps, "batch": how.batch, **finetune.describe(swept, tuned)}
     seconds = sum(o.seconds for o in [*swept, *tuned])
     correct = [o.correct for o in tuned]
     return [make_result(one.name, one.task, correct, tuned[0].n, seconds=seconds, fingerprint=one.fingerprint, details=details)]
@@ -230,6 +246,18 @@ def _supervised(card: ModelCard, state: dict[str, torch.Tensor], one: Wanted) ->
 
 def _linear(card: ModelCard, state: dict[str, torch.Tensor], one: Wanted, seed: int) -> Result:
     return probe.evaluate_linear(card, state, one.task, one.fingerprint, seed)
+
+
+def _zeroshot(card: ModelCard, state: dict[str, torch.Tensor], one: Wanted) -> Result:
+    return zeroshot.evaluate_zeroshot(card, state, one.task, one.fingerprint)
+
+
+def _layers(card: ModelCard, state: dict[str, torch.Tensor], one: Wanted, seed: int) -> Result:
+    return layers.evaluate_layers(card, state, one.task, one.fingerprint, seed)
+
+
+def _pictures(card: ModelCard, state: dict[str, torch.Tensor], one: Wanted, count: int, seed: int) -> dict[str, bytes]:
+    return drawn.draw_pictures(card, state, one.task, count, seed)
 
 
 def _fewshot(card: ModelCard, state: dict[str, torch.Tensor], one: Wanted, fingerprints: dict[int, str], seeds: list[int]) -> list[Result]:

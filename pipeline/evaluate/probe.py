@@ -40,9 +40,11 @@ def strength(step: int) -> float:
     return 10.0 ** (-6 + 12 * step / STEPS)
 
 
-def fit(x: np.ndarray, y: np.ndarray, penalty: float) -> Fit:
-    """Features (N, D) and labels (N,) with L2 strength `penalty`, lambda = 1 / C."""
-    model = LogisticRegression(C=1 / penalty, solver="lbfgs", max_iter=ITERATIONS)
+def fit(x: np.ndarray, y: np.ndarray, penalty: float, *, after: Fit | None = None, iterations: int | None = None) -> Fit:
+    """Features (N, D) and labels (N,) with L2 strength `penalty`, lambda = 1 / C; from zero, or on from where `after` is, which it
+    uses up; for at most `iterations`, by default `ITERATIONS`."""
+    model = after.model if after else LogisticRegression(solver="lbfgs", warm_start=True)
+    model.set_params(C=1 / penalty, max_iter=iterations or ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x, y)

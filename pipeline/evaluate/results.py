@@ -7,7 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from pipeline.core.storage import Storage
+from pipeline.evaluate.features import Features
+from pipeline.evaluate.protocols import PROTOCOLS
 from pipeline.evaluate.statistics import accuracy_interval, seeds_interval
 from pipeline.evaluate.tasks import Task, slug
 
@@ -57,6 +61,16 @@ def make_result(
     return Result(name, task.name, name.partition("/")[0], value, low, high, n, values, seconds, fingerprint, details=details)
 
 
+def predictions(found: Features, probabilities: np.ndarray) -> dict[str, list[Any]]:
+    """For a result's details: of each image of `found` its key, label, likeliest class and that one's probability."""
+    return {
+        "key": found.keys,
+        "label": found.labels.tolist(),
+        "predicted": probabilities.argmax(axis=1).tolist(),
+        "probability": [round(float(p), 4) for p in probabilities.max(axis=1)],
+    }
+
+
 def write_result(run: Storage, result: Result) -> None:
     run.write(result.file, (json.dumps(asdict(result), ensure_ascii=False) + "\n").encode())
 
@@ -70,13 +84,13 @@ def find_result(run: Storage, file: str) -> Result | None:
 
 
 def read_results(run: Storage) -> list[Result]:
-    """All results of a run: by suite, then in the order supervised, linear, few-shot, fine-tune."""
+    """All results of a run: by suite, then in the order of the protocols."""
     files = [f"{DIRECTORY}/{name}" for name in run.names(DIRECTORY) if name.endswith(".json")]
     return in_order([r for file in files if (r := find_result(run, file))])
 
 
 def in_order(results: Iterable[Result]) -> list[Result]:
-    protocols = ["supervised", "linear", "few-shot", "fine-tune"]
+    protocols = list(PROTOCOLS)
 
     def place(result: Result) -> tuple[str, int, str, int]:
         known = protocols.index(result.protocol) if result.protocol in protocols else len(protocols)

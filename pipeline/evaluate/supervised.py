@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from pipeline.checkpoint import ModelCard
-from pipeline.evaluate.features import extract, load_model
-from pipeline.evaluate.results import Result, make_result
+from pipeline.evaluate.features import extract, load_model, logits_of
+from pipeline.evaluate.results import Result, make_result, predictions
 from pipeline.evaluate.tasks import Task
 
 
@@ -17,17 +17,10 @@ def evaluate_supervised(card: ModelCard, state: dict[str, torch.Tensor], task: T
     """Top-1 of the head; `details["predictions"]` keeps each test sample's key, label, prediction and probability."""
     assert task.classes == card.classes, "the head knows its own classes only"
     start = time.perf_counter()
-    logits = extract(load_model(card, state), card, task.open(task.test))
+    logits = extract(logits_of(load_model(card, state)), card, task.open(task.test))
     probabilities = softmax(logits.values)
-    predicted = probabilities.argmax(axis=1)
-    correct = int((predicted == logits.labels).sum())
-    predictions = {
-        "key": logits.keys,
-        "label": logits.labels.tolist(),
-        "predicted": predicted.tolist(),
-        "probability": [round(float(p), 4) for p in probabilities.max(axis=1)],
-    }
-    details = {"data": task.url, "split": task.test, "predictions": predictions}
+    correct = int((probabilities.argmax(axis=1) == logits.labels).sum())
+    details = {"data": task.url, "split": task.test, "predictions": predictions(logits, probabilities)}
     seconds = time.perf_counter() - start
     return make_result("supervised", task, [correct], len(logits.labels), seconds=seconds, fingerprint=fingerprint, details=details)
 

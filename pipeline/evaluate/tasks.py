@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.config.schema import Config, Suite
 from pipeline.core.errors import ConfigError, DataError, choose
 from pipeline.core.storage import Storage
-from pipeline.models import check_model
+from pipeline.evaluate.protocols import Kind, check_protocols
 from pipeline.shards.manifest import Manifest, find_manifest
 from pipeline.stream import Dataset, open_dataset
 
-# Protocol -> what it measures, in a short phrase for people.
-PROTOCOLS = {
-    "supervised": "the model's own head",
-    "linear": "logistic regression on frozen features",
-    "few-shot": "least squares on a few labelled images a class, frozen features",
-    "fine-tune": "all weights trained on, with a new head at a higher resolution",
-}
+TEMPLATES = ("a photo of a {}.",)  # of zero-shot, where none are given
 
 
 @dataclass(frozen=True)
 class Task:
-    """A labelled dataset with a split to learn from and a split to be tested on; `hash` names its content."""
+    """A labelled dataset with a split to learn from and a split to be tested on; `hash` names its content.
+
+    For zero-shot: caption `templates`, and `names` to put into them, where they are not those of the classes.
+    """
 
     name: str
     url: str
@@ -32,6 +29,8 @@ class Task:
     classes: list[str] = field(repr=False)
     hash: str = ""
     endpoint: str | None = None
+    templates: tuple[str, ...] = field(default=TEMPLATES, repr=False)
+    names: list[str] | None = field(default=None, repr=False)
 
     def open(self, split: str) -> Dataset:
         return open_dataset(self.url, split, self.endpoint)
@@ -46,29 +45,19 @@ def check_evaluate(config: Config) -> None:
     """Refuse what cannot be done before anything starts.
 
     Raises:
-        ConfigError: an unknown protocol, a suite given twice, a split that is not there, a resolution that the patches
-            do not divide. DataError: a suite's dataset is missing or has no labels.
+        ConfigError: a suite given twice, a split that is not there, names of other classes than the dataset's, or what
+            `check_protocols` refuses; of a model that `evaluate.model` names `check_subject` tells that. DataError: a suite's dataset
+            is missing or has no labels.
     """
-    if config.evaluate is None or config.pretrain is None:
+    if config.evaluate is None:
         return
-    for i, protocol in enumerate(config.evaluate.protocols):
-        choose(f"evaluate.protocols.{i}", protocol, PROTOCOLS)
+    if config.pretrain:
+        check_protocols(config.evaluate, Kind.planned(config.pretrain))
     names = [slug(suite.name) for suite in config.evaluate.suites]
     for i, suite in enumerate(config.evaluate.suites):
         if names[i] in names[:i]:
             raise ConfigError(f"evaluate.suites.{i}.name: {suite.name!r} is given twice, its results would overwrite each other")
         _check_suite(config, suite, f"evaluate.suites.{i}")
-    if "fine-tune" in config.evaluate.protocols:
-        model, pixels = config.pretrain.model, fine_tune_pixels(config)
-        patch = check_model(model.name, model.arguments, config.pretrain.image.pixels).patch
-        if pixels % patch:
-            raise ConfigError(f"evaluate.fine_tune.pixels: {pixels} is not a multiple of the patch, {patch} pixels")
-
-
-def fine_tune_pixels(config: Config) -> int:
-    """The input side of fine-tuning, in pixels: as told, or twice that of pre-training."""
-    assert config.evaluate is not None and config.pretrain is not None
-    return config.evaluate.fine_tune.pixels or 2 * config.pretrain.image.pixels
 
 
 def fine_tune_seeds(config: Config) -> int:
@@ -90,7 +79,8 @@ def find_tasks(config: Config, dataset_url: str) -> list[Task]:
         if manifest is None:
             raise DataError(f"{where}.data: there is no dataset at {url} (no manifest.json)")
         _check_manifest(manifest, suite, url, where)
-        tasks.append(Task(suite.name, url, suite.train, suite.test, manifest.classes, manifest.hash, config.storage.endpoint))
+        task = Task(suite.name, url, suite.train, suite.test, manifest.classes, manifest.hash, config.storage.endpoint)
+        tasks.append(replace(task, templates=tuple(suite.templates), names=suite.class_names))
     return tasks
 
 
@@ -107,9 +97,13 @@ def _check_suite(config: Config, suite: Suite, where: str) -> None:
     if _is_own(suite) and config.shard is not None:
         _check_splits(suite, list(config.shard.splits), where)
         return
+    if _is_own(suite) and not config.data:
+        raise ConfigError(f"{where}.data: is missing, and the config names no data of its own; give the URL of a dataset")
     if _is_own(suite) and config.data and len(config.data) > 1:
         raise ConfigError(f"{where}.data: is missing; the run is trained on {len(config.data)} datasets, so name the one to evaluate on")
-    url = config.data[0].url if _is_own(suite) and config.data else str(suite.data)
+    url = config.data[0].url if _is_own(suite) and config.data else suite.data
+    if url is None:  # a config that can only be planned
+        return
     manifest = look_up(url, config.storage.endpoint)
     if manifest is not None:
         _check_manifest(manifest, suite, url, where)
@@ -127,6 +121,11 @@ def _check_manifest(manifest: Manifest, suite: Suite, url: str, where: str) -> N
     _check_splits(suite, list(manifest.splits), where)
     if len(manifest.classes) < 2:
         raise DataError(f"{where}: the dataset at {url} has {len(manifest.classes)} classes, evaluation needs labels of two or more")
+    if suite.class_names is not None and len(suite.class_names) != len(manifest.classes):
+        raise ConfigError(
+            f"{where}.class_names: names {len(suite.class_names)} classes, and the dataset at {url} has {len(manifest.classes)}, "
+            f"{', '.join(manifest.classes[:3])} .."
+        )
 
 
 def _check_splits(suite: Suite, allowed: list[str], where: str) -> None:

@@ -1,77 +1,128 @@
-"""Models by name: `vit_b16` and its kin, or `vit` with a size of one's own."""
+"""Models by name: `create("vit_b16")`, or a family with a size of one's own, `create("vit", width=64, depth=4, ..)`."""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.core.errors import ConfigError, choose, nearest
-from pipeline.models.sizes import VIT, VIT_MODELS
-from pipeline.models.vit import VisionTransformer
+from pipeline.core.errors import ConfigError
+from pipeline.models.bit import BiT, BiTOptions
+from pipeline.models.caption import Captioner, CaptionOptions
+from pipeline.models.clip import CLIP, CLIPOptions
+from pipeline.models.igpt import IGPT, IGPTOptions
+from pipeline.models.mae import MAE, MAEOptions
+from pipeline.models.model import Model
+from pipeline.models.options import Options, parse
+from pipeline.models.resnet import ResNet, ResNetOptions
+from pipeline.models.sizes import LISTED, published
+from pipeline.models.vit import VisionTransformer, ViTOptions
 
 
-class ViTArguments(BaseModel):
-    """What a config may say of a ViT beside its name; a named size fixes the first five."""
+class Family(NamedTuple):
+    options: type[Options]
+    model: type[Model]
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    width: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    patch: int = Field(gt=0)
-    mlp: int | None = Field(None, gt=0)
-    pool: str = Field("token", pattern="^(token|gap)$")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    drop_path: float = Field(0.0, ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ViTArguments:
-        if self.width % self.heads:
-            raise ValueError(f"width: {self.width} is not a multiple of heads ({self.heads})")
-        return self
+FAMILIES: dict[str, Family] = {
+    "vit": Family(ViTOptions, VisionTransformer),
+    "mae": Family(MAEOptions, MAE),
+    "igpt": Family(IGPTOptions, IGPT),
+    "clip": Family(CLIPOptions, CLIP),
+    "caption": Family(CaptionOptions, Captioner),
+    "bit": Family(BiTOptions, BiT),
+    "resnet": Family(ResNetOptions, ResNet),
+}
+
+# What a config says elsewhere, and the pipeline passes on: resolution, palette and tokenizer, classes of the dataset.
+GIVEN = frozenset({"pixels", "classes", "colors", "vocabulary", "context", "masked"})
 
 
 def model_names() -> list[str]:
-    return sorted(["vit", *VIT_MODELS])
+    """Families and published models; other patches of published sizes work too (`vit_l8`)."""
+    return [*FAMILIES, *LISTED]
 
 
-def check_model(name: str, arguments: dict[str, Any], pixels: int, where: str = "pretrain.model") -> ViTArguments:
-    """The complete arguments of the model `name` at an input of `pixels` a side.
+def check_model(name: str, options: Mapping[str, Any], where: str = "model") -> Options:
+    """The complete options of the model `name`.
 
     Raises:
-        ConfigError: an unknown name or argument, or sizes that do not fit together; begins with the config path `where`.
+        ConfigError: an unknown name or option, or values that do not fit together; begins with the config path `where`.
     """
-    choose(f"{where}.name", name, model_names())
-    if name in VIT_MODELS:
-        size, patch = VIT_MODELS[name]
-        arguments = {**VIT[size]._asdict(), "patch": patch, **arguments}
-    try:
-        checked = ViTArguments.model_validate(arguments)
-    except ValidationError as e:
-        raise ConfigError("; ".join(_explain(error, where) for error in e.errors())) from None
-    if pixels % checked.patch:
-        raise ConfigError(f"{where.removesuffix('model')}image.pixels: {pixels} is not a multiple of the patch, {checked.patch} pixels")
-    return checked
+    if name in FAMILIES:
+        family, base = name, dict[str, Any]()
+    elif (found := published(name)) is not None and found[0] in FAMILIES:
+        family, base = found
+    else:
+        spelt = name.lower().replace("-", "_").replace("/", "")
+        close = difflib.get_close_matches(spelt, model_names(), n=4, cutoff=0.5) or sorted(FAMILIES)
+        raise ConfigError(
+            f"{where}.name: {name!r} is not known; the nearest are {', '.join(close)} (`python -m pipeline.models` lists all there are)"
+        )
+    return parse(FAMILIES[family].options, _merge(base, options), where, GIVEN)
 
 
-def build_model(name: str, arguments: dict[str, Any], *, pixels: int, classes: int, seed: int = 0) -> VisionTransformer:
-    """A freshly initialised model; the same for the same seed, whatever was drawn before."""
-    checked = check_model(name, arguments, pixels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTransformer(pixels=pixels, classes=classes, **{**checked.model_dump(), "mlp": checked.mlp or 4 * checked.width})
+def create(name: str, *, seed: int | None = None, device: str | torch.device | None = None, **options: Any) -> Model:
+    """The model `name`, freshly initialised, in fp32.
+
+    Without options as published: 224 pixels (a CLIP's own), a class token and 1,000 classes; 32 pixels for iGPT. With `seed` the
+    weights are the same whatever was drawn before, and the global generator is left alone. `device="meta"` makes shapes without
+    numbers, in no time.
+
+    Raises:
+        ConfigError: an unknown name (the nearest are named) or option.
+    """
+    return build(name, check_model(name, options), seed=seed, device=device)
 
 
-def _explain(error: Any, where: str) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "extra_forbidden":
-            names = sorted(ViTArguments.model_fields)
-            return f"{where}.{key}: no such key{nearest(key, names)} (allowed: {', '.join(['name', *names])})"
-        case "missing":
-            return f"{where}.{key}: is missing, a model of one's own size needs it"
-        case "value_error":
-            return f"{where}.{error['ctx']['error']}"
+def build(name: str, options: Options, *, seed: int | None = None, device: str | torch.device | None = None) -> Model:
+    """The model of options that `check_model(name, ..)` gave."""
+    model = FAMILIES[family_of(name)].model
+    with torch.device(device if device is not None else torch.get_default_device()):
+        if seed is None:
+            return model(options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return model(options)
+
+
+def as_classifier(name: str, options: Mapping[str, Any], *, pixels: int, classes: int) -> Model:
+    """What is fine-tuned of a model: itself with another head; of a CLIP its image tower, of an MAE its encoder, with the mean of
+    the patches in front of the head, as MAE's own fine-tuning has it.
+
+    Raises:
+        ConfigError: it has no such part.
+    """
+    family, changes = family_of(name), dict[str, Any](pixels=pixels, classes=classes)
+    match family:
+        case "mae":
+            shared = {key: options[key] for key in ("patch", "width", "depth", "heads", "mlp", "eps")}
+            return create("vit", **shared, pool="gap", class_token=True, **changes)
+        case "clip" if options["vision"]["kind"] == "vit":
+            tower = {key: value for key, value in options["vision"].items() if key != "kind"}
+            return create("vit", **{**tower, "activation": options["activation"], "head_bias": True, **changes})
+        case "clip" | "caption":
+            raise ConfigError(
+                f"evaluate.protocols: fine-tune is not for {name} (allowed for: classifiers, iGPT, MAE, and CLIP with a ViT tower)"
+            )
+        case "vit":
+            return create(name, **{**options, "masked": False, **changes})
         case _:
-            return f"{where}.{key}: {error['input']!r} {error['msg'].replace('Input should', 'should').lower()}"
+            return create(name, **{**options, **changes})
+
+
+def family_of(name: str) -> str:
+    """The family of a name that `check_model` accepts."""
+    found = published(name)
+    return name if found is None else found[0]
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config import Config, fingerprint
-from pipeline.core.units import format_bytes, format_count
+from pipeline.core.units import format_bytes, format_flops
 from pipeline.plan.plan import Plan
 
 
@@ -43,7 +43,7 @@ def as_text(facts: dict[str, Any], config: str) -> str:
             f"{about}{p['samples']:,} samples, {about}{p['samples_an_epoch']:,} an epoch",
             f"batch        {p['micro_batches_a_step']} micro-batches a step on {p['workers']} workers, {p['rounds_a_step']} each",
             f"parameters   {p['parameters']:,}",
-            f"compute      {format_count(p['flops_a_sample'])}FLOP a sample, {format_count(p['training_flops'])}FLOP in all",
+            f"compute      {format_flops(p['flops_a_sample'])} a sample, {format_flops(p['training_flops'])} in all",
             f"memory       {format_bytes(p['memory_a_worker'])} a worker: "
             + ", ".join(f"{name} {format_bytes(memory[name])}" for name in ("parameters", "gradients", "optimizer", "activations")),
         ]

@@ -1,18 +1,14 @@
-"""Steps, samples, parameters, memory and floating-point operations of a config.
-
-Shapes: N tokens, D width, L depth, h heads, b micro-batch.
-"""
+"""Steps, samples, parameters, memory and floating-point operations of a config."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from pipeline.config import Config
 from pipeline.config.schema import Pretrain
-from pipeline.models import build_model
-from pipeline.models.vit import VisionTransformer
+from pipeline.core.errors import ConfigError
+from pipeline.models import Model, build, flops
+from pipeline.objectives import Facts, model_options
 from pipeline.stream.collection import Reading
 
 _BACKWARD = 3  # a training step costs three forward passes: one forward, and a backward of twice that
@@ -46,31 +42,44 @@ class Plan:
     flops_a_sample: float
     memory: Memory
     reading: Reading | None = None
+    cooldown: int = 0
+    timescale: int = 10_000
 
 
-def make_plan(config: Config, samples_an_epoch: int, classes: int, workers: int, reading: Reading | None = None) -> Plan:
-    """The plan of `config.pretrain` for a training split of `samples_an_epoch` samples; `reading` is what these ask of the store."""
+def make_plan(config: Config, samples_an_epoch: int, facts: Facts, workers: int, reading: Reading | None = None) -> Plan:
+    """The plan of `config.pretrain` for a training split of `samples_an_epoch` samples; `reading` is what these ask of the store.
+
+    Raises:
+        ConfigError: the schedule's warm-up and cool-down are longer than the run.
+    """
     p = config.pretrain
     assert p is not None, "only pre-training is planned"
     steps = p.duration.steps(p.batch, samples_an_epoch)
-    with torch.device("meta"):
-        model = build_model(p.model.name, p.model.arguments, pixels=p.image.pixels, classes=classes)
-    parameters = sum(w.numel() for w in model.parameters())
+    warmup, cooldown = (span.steps(p.batch, samples_an_epoch) if span else 0 for span in (p.schedule.warmup, p.schedule.cooldown))
+    if cooldown and warmup + cooldown > steps:
+        raise ConfigError(
+            f"pretrain.schedule: warmup ({warmup:,} steps) and cooldown ({cooldown:,} steps) are longer than the run ({steps:,} steps)"
+        )
+    options = model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
+    model = build(p.model.name, options, device="meta")
+    parameters = model.parameter_count
     return Plan(
         steps=steps,
-        warmup=p.schedule.warmup.steps(p.batch, samples_an_epoch) if p.schedule.warmup else 0,
+        warmup=warmup,
         samples=steps * p.batch,
         samples_an_epoch=samples_an_epoch,
         log_every=p.log.steps(p.batch, samples_an_epoch),
         validate_every=p.validation.every.steps(p.batch, samples_an_epoch) if p.validation else None,
         parameters=parameters,
-        flops_a_sample=_BACKWARD * model.flops(),
+        flops_a_sample=_BACKWARD * flops(model),
         memory=_memory(p, model, parameters, workers),
         reading=reading,
+        cooldown=cooldown,
+        timescale=p.schedule.timescale.steps(p.batch, samples_an_epoch) if p.schedule.timescale else Plan.timescale,
     )
 
 
-def _memory(p: Pretrain, model: VisionTransformer, parameters: int, workers: int) -> Memory:
+def _memory(p: Pretrain, model: Model, parameters: int, workers: int) -> Memory:
     """ZeRO (arXiv 1910.02054, section 3.1 and figure 1): 2 + 2 + 12 bytes a parameter in 16-bit mixed precision with
     Adam, 4 + 4 + 8 in fp32; stage 1 shares the optimiser's among the workers, stage 2 gradients, stage 3 parameters."""
     half = p.precision != "fp32"
@@ -87,12 +96,5 @@ def _memory(p: Pretrain, model: VisionTransformer, parameters: int, workers: int
         parameters=shared(width * parameters, 3),
         gradients=shared(width * parameters, 2),
         optimizer=shared(optimizer, 1),
-        activations=p.micro_batch * _activation_bytes(model, width),
+        activations=round(p.micro_batch * width * model.activations()),
     )
-
-
-def _activation_bytes(model: VisionTransformer, width: int) -> int:
-    """Of one sample: arXiv 2205.05198, equation 1, without its 5 a s / h term, since the fused attention keeps no
-    N x N matrix; 34 N D bytes a layer in 16 bits, twice that in 32."""
-    tokens = (model.pixels // model.patch) ** 2 + 1
-    return 34 * width // 2 * tokens * model.width * len(model.blocks)

@@ -48,30 +48,72 @@ class _Line:
     colour: str
 
 
-def draw_curves(history: Sequence[Row]) -> list[Plot]:
-    """The plots that the recorded metrics allow; `history` is as `read_history` gives it."""
+# Objective -> what its loss is counted in, and what its top-1 counts. Others say `loss` and `top-1, %`.
+_UNITS = {
+    "classify": ("cross-entropy, nats", "top-1, %"),
+    "distil": ("cross-entropy, nats", "top-1, %"),
+    "next-pixel": ("nats a pixel", ""),
+    "bert-pixels": ("nats a masked pixel", ""),
+    "pixels-and-classes": ("nats a pixel and nats an image", "top-1, %"),
+    "masked-patches": ("nats a masked patch", "mean colours that are right, %"),
+    "mae": ("mean squared error of masked patches", ""),
+    "contrastive": ("cross-entropy, nats", "nearest to their own caption, %"),
+    "sigmoid-contrastive": ("nats an image", "nearest to their own caption, %"),
+    "caption": ("nats a token", "tokens that are right, %"),
+    "bag-of-words": ("nats a caption", "likeliest word is in the caption, %"),
+}
+
+
+def draw_curves(history: Sequence[Row], objective: str = "classify", salt: str = "") -> list[Plot]:
+    """The plots that the recorded metrics allow; `history` is as `read_history` gives it. `salt` tells figures of several runs apart."""
     train, held_out = ("train/", "training", SECOND), ("validate/", "held out", ACCENT)
+    loss, top1 = _UNITS.get(objective, ("loss", "top-1, %"))
     wanted = [
-        ("Loss", "cross-entropy, nats", [_Line(f"{p}loss", label, colour) for p, label, colour in (train, held_out)], "linear"),
-        ("Accuracy", "top-1, %", [_Line(f"{p}top1", label, colour) for p, label, colour in (train, held_out)], "percent"),
+        ("Loss", loss, [_Line(f"{p}loss", label, colour) for p, label, colour in (train, held_out)], "linear"),
+        ("Accuracy", top1, [_Line(f"{p}top1", label, colour) for p, label, colour in (train, held_out)], "percent"),
+        ("Logit scale", "what cosines are multiplied by", [_Line("train/logit_scale", "logit scale", ACCENT)], "linear"),
         ("Learning rate", "learning rate", [_Line("train/lr", "learning rate", ACCENT)], "linear"),
         ("Gradient norm", "2-norm of the gradient", [_Line("train/grad_norm", "gradient norm", ACCENT)], "log"),
         ("Throughput", "images/s", [_Line("train/images_per_s", "images/s", ACCENT)], "from zero"),
         ("Waiting for data", "share of the time, %", [_Line("train/data_wait_fraction", "waiting", ACCENT)], "share"),
     ]
-    plots = [_draw(history, title, unit, lines, scale) for title, unit, lines, scale in wanted]
+    plots = [_draw(history, title, unit, lines, scale, salt) for title, unit, lines, scale in wanted]
     return [plot for plot in plots if plot is not None]
 
 
-def _draw(history: Sequence[Row], title: str, unit: str, lines: list[_Line], scale: str) -> Plot | None:
+def draw_layers(layers: Sequence[dict[str, Any]], best: int, suite: str, salt: str = "") -> Plot:
+    """The linear probe of each layer, as `evaluate_layers` gives it; the layer that was chosen is marked."""
+    with mpl.rc_context(_style(f"layers {suite} {salt}")):
+        figure, axes = _canvas()
+        x = [row["layer"] for row in layers]
+        for key, label, colour in (("held_out_top1", "held out", SECOND), ("top1", "test", ACCENT)):
+            axes.plot(x, [100 * row[key] for row in layers], color=colour, linewidth=1.8, label=label, marker="o", markersize=3)
+        chosen = next(row for row in layers if row["layer"] == best)
+        axes.axvline(best, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+        axes.plot([best], [100 * chosen["top1"]], color=ACCENT, marker="o", markersize=8, markerfacecolor="none", markeredgewidth=1.6)
+        _tidy(axes, "top-1, %", "percent", "layer")
+        axes.legend(frameon=False, labelcolor=_INK, handlelength=1.4, loc="best")
+        top1 = f"{100 * chosen['top1']:.2f}%"
+        caption = f"Linear probe of {suite} by layer. Layer {best} is the best on held-out images, and gets {top1} of the test images."
+        return Plot(f"Linear probe by layer: layer {best} is chosen", caption, _to_svg(figure, caption))
+
+
+def _style(salt: str) -> Any:
+    return {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": salt, "axes.edgecolor": _LINE, "text.color": _INK}
+
+
+def _canvas() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _draw(history: Sequence[Row], title: str, unit: str, lines: list[_Line], scale: str, salt: str) -> Plot | None:
     factor = 100.0 if scale in ("percent", "share") else 1.0
     series = [(line, points) for line in lines if (points := _points(history, line.name, factor))]
     if not series:
         return None
-    style: Any = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": title, "axes.edgecolor": _LINE, "text.color": _INK}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
-        axes = figure.add_subplot()
+    with mpl.rc_context(_style(title + salt)):
+        figure, axes = _canvas()
         for line, points in series:
             x, y = zip(*_thin(points), strict=True)
             few = len(x) <= 30
@@ -96,8 +138,8 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return points if every == 1 else [*points[:-1:every], points[-1]]
 
 
-def _tidy(axes: Axes, unit: str, scale: str) -> None:
-    axes.set_xlabel("step", color=_MUTED)
+def _tidy(axes: Axes, unit: str, scale: str, x: str = "step") -> None:
+    axes.set_xlabel(x, color=_MUTED)
     axes.set_ylabel(unit, color=_MUTED)
     axes.tick_params(colors=_MUTED, length=0, pad=6)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)

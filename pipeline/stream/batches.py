@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -18,6 +18,9 @@ from pipeline.stream.ledger import Replacement
 from pipeline.stream.mixing import Mix
 from pipeline.stream.prefetch import AHEAD, Block, Prefetcher
 from pipeline.stream.reader import Dataset, Sample
+
+if TYPE_CHECKING:  # a command of its own
+    from pipeline.stream.text import Tokenizer
 
 T = TypeVar("T")
 FILLER = -1  # a filler's index: it is no part of the sequence
@@ -42,10 +45,17 @@ class MicroBatch:
     mix: Mix | None = None
     replaced: tuple[Replacement, ...] = ()
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """With its tensors on `device`; pinned ones are copied in the background."""
+        given = {name: value for name in ("images", "labels", "tokens") if (value := getattr(self, name)) is not None}
+        moved = {name: value.to(device, non_blocking=True) for name, value in given.items()}
+        return replace(self, **moved)
 
-def filler(size: int, pixels: int) -> MicroBatch:
-    """`size` black images without a weight."""
-    return MicroBatch(FILLER, empty_images(size, pixels).zero_(), torch.zeros(size, dtype=torch.int64), [], [], 0.0)
+
+def filler(size: int, pixels: int, length: int = 0) -> MicroBatch:
+    """`size` black images without a weight, with captions of `length` tokens."""
+    tokens = torch.zeros(size, length, dtype=torch.int64) if length else None
+    return MicroBatch(FILLER, empty_images(size, pixels).zero_(), torch.zeros(size, dtype=torch.int64), [], [], 0.0, tokens)
 
 
 def empty_images(count: int, pixels: int) -> torch.Tensor:
@@ -59,7 +69,15 @@ def collate(index: int, samples: list[Sample], images: torch.Tensor) -> MicroBat
 
 
 def evaluation_batches(
-    dataset: Dataset, pixels: int, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, numbers: Sequence[int] | None = None
+    dataset: Dataset,
+    pixels: int,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    numbers: Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
+    text_length: int = 77,
 ) -> Iterator[MicroBatch]:
     """Every sample once in shard order (or those of `numbers`, in theirs), unaugmented, in batches of at most `batch`;
     rank r takes batches r, r + w, .. Raises DataError for a sample that cannot be read: a score is of all of them."""
@@ -85,7 +103,8 @@ def evaluation_batches(
                     evaluation_view_of(sample.image, pixels, out)
                 except ValueError as e:
                     raise DataError(f"data {dataset.directory.url}: sample {sample.key} cannot be decoded ({e})") from e
-            return collate(index, samples, images)
+            made = collate(index, samples, images)
+            return replace(made, tokens=tokenizer(made.texts, text_length)) if tokenizer else made
 
         yield from in_order(mine(), make, workers)
 

@@ -98,8 +98,10 @@ class Collection:
 def open_collection(
     parts: Sequence[Data], split: str = "train", endpoint: str | None = None, *, block: int | None = None, cache: Cache | None = None
 ) -> Collection:
-    """Raises as `open_dataset`."""
-    datasets = [open_dataset(p.url, split, endpoint, deny=p.deny, where=p.where, block=block, cache=cache) for p in parts]
+    """Raises as `open_dataset`; ConfigError for a part without a URL."""
+    if missing := [i for i, p in enumerate(parts) if p.url is None]:
+        raise ConfigError(f"data.{missing[0]}.url: is missing; a config without it can be planned (--plan), to run it name your dataset")
+    datasets = [open_dataset(str(p.url), split, endpoint, deny=p.deny, where=p.where, block=block, cache=cache) for p in parts]
     return Collection(datasets, list(parts))
 
 

@@ -79,6 +79,11 @@ class Stream:
         return -(-self.pieces // self.world_size)
 
     @property
+    def has_samples(self) -> bool:
+        """Whether this rank gets more than fillers."""
+        return len(self._mine()) > 0
+
+    @property
     def view(self) -> str:
         """Names the whole sequence of samples: where two streams agree in it and in the seed, positions mean the same."""
         orders = [(order.view, order.block, str(order.row) if order.block > 1 else "") for order in self.mixture.orders]
@@ -118,10 +123,14 @@ class Stream:
                         self.consumed += self.global_batch
                     yield batch
 
+    def _mine(self) -> range:
+        """This rank's micro-batches among those of a global batch."""
+        return range(self.rank * self.pieces // self.world_size, (self.rank + 1) * self.pieces // self.world_size)
+
     def _places(self) -> Iterator[int]:
         """This rank's micro-batches by index, fillers too, without end."""
         step = self.consumed // self.global_batch
-        mine = range(self.rank * self.pieces // self.world_size, (self.rank + 1) * self.pieces // self.world_size)
+        mine = self._mine()
         while True:
             for turn in range(self.rounds):
                 yield step * self.pieces + mine[turn] if turn < len(mine) else FILLER
@@ -132,7 +141,7 @@ class Stream:
 
     def _make(self, index: int, advance: Callable[[], None]) -> MicroBatch:
         if index == FILLER:
-            return filler(self.micro_batch, self.image.pixels)
+            return filler(self.micro_batch, self.image.pixels, self.text_length if self.tokenizer else 0)
         advance()
         images = empty_images(self.micro_batch, self.image.pixels)
         start = index * self.micro_batch

@@ -175,7 +175,10 @@ def main(dataset: str, out: str, colors: int, pixels: int, samples: int, split: 
     with exit_codes():
         directory, name = split_file(out, endpoint)
         directory.check_writable()
-        images = _views(open_dataset(dataset, split, endpoint), pixels, samples)
+        opened = open_dataset(dataset, split, endpoint)
+        if (least := min(opened.manifest.smallest)) < pixels:
+            raise UserError(f"--pixels: {pixels} is more than the smallest side in the dataset, {least} pixels; choose {least} or less")
+        images = views(opened, pixels, samples)
         palette = Palette.train(images.numpy(), colors)
         palette.save(out, endpoint)
         picture = name.removesuffix(".npy") + ".png"
@@ -185,21 +188,19 @@ def main(dataset: str, out: str, colors: int, pixels: int, samples: int, split: 
     click.echo(f"sha256   {palette.hash}\npicture  {directory.url}/{picture}")
 
 
-def _views(dataset: Dataset, pixels: int, samples: int) -> torch.Tensor:
-    """uint8 (B, P, P, 3): `samples` images drawn at random, or all where there are fewer."""
-    if (least := min(dataset.manifest.smallest)) < pixels:
-        raise UserError(f"--pixels: {pixels} is more than the smallest side in the dataset, {least} pixels; choose {least} or less")
+def views(dataset: Dataset, pixels: int, samples: int) -> torch.Tensor:
+    """uint8 (B, P, P, 3): `samples` images drawn at random, or all where there are fewer. Raises DataError for one that is damaged."""
     numbers = np.random.default_rng(0).choice(len(dataset), min(samples, len(dataset)), replace=False)
-    views = torch.empty(len(numbers), pixels, pixels, 3, dtype=torch.uint8)
+    images = torch.empty(len(numbers), pixels, pixels, 3, dtype=torch.uint8)
     with Progress("images", len(numbers), "images") as progress:
         for place in np.argsort(numbers):  # in the order they lie on disk, but kept as drawn: the first are then like the rest
             sample = dataset[int(numbers[place])]
             try:
-                views[place] = evaluation_view(decode(sample.image), pixels)
+                images[place] = evaluation_view(decode(sample.image), pixels)
             except ValueError as e:
                 raise DataError(f"data {dataset.directory.url}: sample {sample.key} cannot be decoded ({e})") from e
             progress.update()
-    return views
+    return images
 
 
 def _compare(images: torch.Tensor, palette: Palette) -> bytes:

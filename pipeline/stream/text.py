@@ -100,21 +100,30 @@ class Tokenizer:
         """
         data = read_checked(url, sha256, endpoint)
         try:
-            text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
-            if text.startswith("{"):
-                values = json.loads(text)["model"]
-                tokenizer = Tokenizer([tuple(pair) for pair in values["merges"]], data)
-                if values["vocab"] != tokenizer._vocabulary:
-                    raise ValueError("its tokens are not numbered as CLIP's")
-                return tokenizer
-            first, *lines = text.split("\n")
-            if "#version" not in first:
-                raise ValueError("its first line names no #version")
-            used = lines[: SIZE - len(_BASE) - len(_MARKS)]  # the published file holds more
-            return Tokenizer([tuple(line.split()) for line in used if line], data)
+            return Tokenizer.parse(data)
         except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error) as e:
             why = f"it has no {e}" if isinstance(e, KeyError) else str(e)
             raise DataError(f"{url}: is damaged, or neither a tokenizer.json made here nor OpenAI's vocabulary ({why})") from e
+
+    @staticmethod
+    def parse(data: bytes) -> Tokenizer:
+        """The content of such a file; errors of many kinds where it is none."""
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+        if text.startswith("{"):
+            values = json.loads(text)["model"]
+            tokenizer = Tokenizer([tuple(pair) for pair in values["merges"]], data)
+            if values["vocab"] != tokenizer._vocabulary:
+                raise ValueError("its tokens are not numbered as CLIP's")
+            return tokenizer
+        first, *lines = text.split("\n")
+        if "#version" not in first:
+            raise ValueError("its first line names no #version")
+        used = lines[: SIZE - len(_BASE) - len(_MARKS)]  # the published file holds more
+        return Tokenizer([tuple(line.split()) for line in used if line], data)
+
+    def to_json(self) -> str:
+        """As a tokenizer.json, whatever it was loaded from."""
+        return self._engine.to_str()
 
     def save(self, url: str, endpoint: str | None = None) -> None:
         directory, name = split_file(url, endpoint)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -15,12 +14,10 @@ import torch
 from pipeline.config.schema import Pretrain
 from pipeline.core.errors import Diverged
 from pipeline.core.world import World
-from pipeline.objectives import Classify
+from pipeline.objectives import Objective
 from pipeline.plan import Plan
-from pipeline.stream import Dataset, MicroBatch, Stream
+from pipeline.stream import Dataset, Stream
 from pipeline.stream.batches import evaluation_batches, filler
-from pipeline.stream.decode import normalize
-from pipeline.stream.mixing import mixed
 from pipeline.train.schedule import factor
 from pipeline.train.zero import Engine
 
@@ -39,7 +36,7 @@ class Hooks(Protocol):
 
 def train(
     engine: Engine,
-    objective: Classify,
+    objective: Objective,
     stream: Stream,
     held_out: Dataset | None,
     config: Pretrain,
@@ -57,16 +54,16 @@ def train(
     batches = iter(stream)
     clock = Clock()
     for step in range(first, plan.steps):
-        lr = config.optimizer.lr * factor(config.schedule.name, step, plan.steps, plan.warmup)
+        lr = config.optimizer.lr * factor(config.schedule.name, step, plan.steps, plan.warmup, plan.cooldown, plan.timescale)
         engine.set_lr(lr)
-        engine.module.train()
         totals: dict[str, torch.Tensor] = {}
         for _ in range(stream.rounds):
             with clock.waiting():
                 batch = next(batches)
+            engine.module.train(batch.weight > 0)  # a filler must not enter BatchNorm's statistics
             # Dropout and its like depend on the micro-batch alone: not on the rank that has it, nor on a restart.
             torch.manual_seed((seed << 32) + batch.index)  # of 64 bits
-            loss, metrics = _forward(engine, objective, batch, config, world)
+            loss, metrics = objective.loss(engine.module, batch.to(world.device))
             # Each real micro-batch counts 1 / n; DeepSpeed divides by k and by w.
             engine.backward(loss * (batch.weight * stream.rounds * world.size / stream.pieces))
             engine.step()
@@ -92,39 +89,31 @@ def train(
             })  # fmt: skip
         with clock.paused():
             if held_out is not None and plan.validate_every and (done % plan.validate_every == 0 or done == plan.steps):
-                hooks.record({"step": done, "samples": done * config.batch, **validate(engine, objective, held_out, config, world)})
+                hooks.record({"step": done, "samples": done * config.batch, **validate(engine, objective, held_out, stream, config, world)})
             hooks.after_step(done)
 
 
-def validate(engine: Engine, objective: Classify, held_out: Dataset, config: Pretrain, world: World) -> Row:
+def validate(engine: Engine, objective: Objective, held_out: Dataset, stream: Stream, config: Pretrain, world: World) -> Row:
     """The objective on all of a held-out split, unaugmented; every rank makes the same number of forward passes."""
+    engine.agree_on_buffers(stream.has_samples)
     engine.module.eval()
-    batches = evaluation_batches(held_out, config.image.pixels, config.micro_batch, world.rank, world.size)
+    length = stream.text_length if stream.tokenizer else 0
+    batches = evaluation_batches(
+        held_out, config.image.pixels, config.micro_batch, world.rank, world.size, tokenizer=stream.tokenizer, text_length=length
+    )
+    none = filler(1, config.image.pixels, length)  # where other ranks have a batch more
     totals: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for batch in _equal_turns(batches, len(held_out), config, world):
-            loss, metrics = _forward(engine, objective, batch, config, world)
-            labelled = batch.weight * (batch.labels >= 0).sum()  # the objective gives means over these
-            for name, value in {"loss": loss, **metrics, "labelled": torch.ones(())}.items():
-                totals[name] = totals.get(name, 0) + value * labelled
+    with torch.no_grad(), torch.random.fork_rng():
+        for turn in range(-(-len(held_out) // (config.micro_batch * world.size))):
+            torch.manual_seed(turn * world.size + world.rank)  # the same masks each time
+            batch = next(batches, none).to(world.device)
+            loss, metrics = objective.loss(engine.module, batch)
+            weight = batch.weight * objective.count(batch)
+            for name, value in {"loss": loss, **metrics, "count": torch.ones(())}.items():
+                totals[name] = totals.get(name, 0) + value * weight
     sums = _mean(totals, 1, world)
-    count = max(1.0, sums.pop("labelled"))
+    count = max(1.0, sums.pop("count"))
     return {f"validate/{name}": value / count for name, value in sums.items()}
-
-
-def _equal_turns(batches: Iterator[MicroBatch], samples: int, config: Pretrain, world: World) -> Iterator[MicroBatch]:
-    """This rank's batches, and a filler of weight zero where other ranks have one more."""
-    none = filler(1, config.image.pixels)
-    for _ in range(-(-samples // (config.micro_batch * world.size))):
-        yield next(batches, none)
-
-
-def _forward(
-    engine: Engine, objective: Classify, batch: MicroBatch, config: Pretrain, world: World
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    images = normalize(batch.images.to(world.device, non_blocking=True), config.image.mean, config.image.std, engine.dtype)
-    labels = batch.labels.to(world.device, non_blocking=True)
-    return objective.loss(engine.module, mixed(images, batch.mix), labels, batch.mix)
 
 
 def _mean(totals: dict[str, torch.Tensor], count: int, world: World) -> Row:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config.schema import Optimizer
-
-_NO_DECAY = ("cls_token", "pos_embed")
+from pipeline.models import Model
 
 
 def _adamw(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
@@ -30,14 +29,14 @@ def _sgd(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer]] = {"adamw": _adamw, "adam": _adam, "sgd": _sgd}
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, gains, the class token and the position embeddings do not."""
+def decay_groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and filters decay; biases, gains, and what the model names (tokens, position embeddings), do not."""
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (keep if parameter.ndim <= 1 or name in _NO_DECAY else decay).append(parameter)
+        (keep if parameter.ndim <= 1 or name in model.unpenalised else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(model: Model, config: Optimizer) -> torch.optim.Optimizer:
     return OPTIMIZERS[config.name](decay_groups(model, config.weight_decay), config)

@@ -13,26 +13,26 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 
 import click
 import torch
 
-from pipeline.checkpoint import Checkpoints, ModelCard, Run, adapt_weights, claim_run, find_model
-from pipeline.checkpoint.model import split_url
+from pipeline.checkpoint import Checkpoints, ModelCard, Run, adapt_weights, claim_run
+from pipeline.checkpoint.model import open_model
 from pipeline.config import load_config
 from pipeline.config.schema import Pretrain
 from pipeline.core.errors import CheckpointError, ConfigError, StorageError, TesseraError
 from pipeline.core.progress import Progress, say
-from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
 from pipeline.core.units import format_count
 from pipeline.core.world import World
-from pipeline.models import build_model
-from pipeline.models.vit import VisionTransformer
-from pipeline.objectives import build_objective
+from pipeline.models import Model, build
+from pipeline.models.options import Options
+from pipeline.objectives import Facts, build_objective, model_options
 from pipeline.plan import Plan, make_plan
 from pipeline.stream import Collection, Stream, open_collection, open_dataset, open_stream
-from pipeline.stream.text import Tokenizer
+from pipeline.train.inputs import Prepared, needs, open_inputs, prepare_inputs
 from pipeline.train.loop import Row, train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.saving import restore, restore_from, save
@@ -53,15 +53,17 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     endpoint = config.storage.endpoint
     data = open_collection(run.data, p.split, endpoint, block=p.loader.block, cache=p.loader.cache)
     held_out = open_dataset(run.dataset_url, p.validation.split, endpoint, cache=p.loader.cache) if p.validation else None
-    plan = make_plan(config, data.samples, len(data.classes), world.size)
+    prepared = prepare_inputs(run, data, world)
+    facts = _facts(run, data, prepared)
+    plan = make_plan(config, data.samples, facts, world.size)
     checkpoints = Checkpoints(run.directory)
     had_any = world.broadcast(bool(checkpoints.steps()))
-    model = _start_model(run, data, had_any, tracker).to(world.device)
+    options = model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
+    model = _start_model(run, options, had_any, tracker).to(world.device)
     stream = open_stream(
         data, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loader.workers,
         seed=config.seed, image=p.image, bad=p.loader.bad,
-        tokenizer=Tokenizer.load(p.text.tokenizer, p.text.sha256, endpoint) if p.text else None,
-        text_length=p.text.length if p.text else 0,
+        tokenizer=prepared.tokenizer, text_length=prepared.context,
     )  # fmt: skip
     engine = Engine(model, build_optimizer(model, p.optimizer), p, stream.rounds, world)
     state = restore(engine, checkpoints, stream.view, world)
@@ -74,11 +76,26 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     first = state.commit.step if state else 0
     if state:
         stream.resume(state.loader)
-    hooks = Recorder(run, data, stream, engine, checkpoints, plan, state.history if state else [], world, tracker, first)
+    card = ModelCard(
+        p.model.name,
+        options.model_dump(mode="json"),
+        p.objective.name,
+        data.classes,
+        p.image.mean,
+        p.image.std,
+        data.hash,
+        run.id,
+        first,
+        prepared.palette.colors.tolist() if prepared.palette else None,
+        prepared.tokenizer.to_json() if prepared.tokenizer else None,
+    )
+    inputs = open_inputs(config, prepared, len(data.classes), engine.dtype, world.device)
+    objective = build_objective(p.objective.name, p.objective.arguments, inputs)
+    hooks = Recorder(run, card, stream, engine, checkpoints, plan, state.history if state else [], world, tracker, first)
     hooks.seconds["start-up"] = time.perf_counter() - began
     began = time.perf_counter()
     with hooks.progress if world.is_main else nullcontext():
-        train(engine, build_objective(p.objective.name, p.objective.arguments), stream, held_out, p, plan, config.seed, world, first, hooks)
+        train(engine, objective, stream, held_out, p, plan, config.seed, world, first, hooks)
     hooks.seconds["training and validation"] = time.perf_counter() - began - hooks.seconds["saving checkpoints"]
     return hooks.seconds
 
@@ -89,16 +106,22 @@ def _pretrain(run: Run) -> Pretrain:
     return run.config.pretrain
 
 
-def _start_model(run: Run, data: Collection, has_own: bool, tracker: Tracker | None) -> VisionTransformer:
-    """A new model, or one with another run's weights where `pretrain.start` says so and no checkpoint of ours follows."""
+def _facts(run: Run, data: Collection, prepared: Prepared) -> Facts:
+    """Raises ConfigError where the objective needs labels and the data has none."""
     p = _pretrain(run)
-    if not data.classes:
+    if "labels" in needs(p) and not data.classes:
         raise ConfigError(f"pretrain.objective: {p.objective.name!r} needs labels, and {run.dataset_url} has no classes")
-    model = build_model(p.model.name, p.model.arguments, pixels=p.image.pixels, classes=len(data.classes), seed=run.config.seed)
+    return prepared.facts(len(data.classes))
+
+
+def _start_model(run: Run, options: Options, has_own: bool, tracker: Tracker | None) -> Model:
+    """A new model, or one with other weights where `pretrain.start` says so and no checkpoint of ours follows."""
+    p = _pretrain(run)
+    model = build(p.model.name, options, seed=run.config.seed)
     if p.start and p.start.load == "weights" and not has_own:
-        url, step = split_url(p.start.from_)
-        card, weights = find_model(Storage(url, run.config.storage.endpoint), step)
-        model.load_state_dict(adapt_weights(card, weights, model, "pretrain.start.from"))
+        where = "pretrain.start.from"
+        card, weights = open_model(p.start.from_, run.config.storage.endpoint, where)
+        model.load_state_dict(adapt_weights(card, weights, model, where))
         if tracker:
             tracker.tags({"tessera.start.run": card.run, "tessera.start.step": str(card.step)})
     return model
@@ -110,7 +133,7 @@ class Recorder:
     def __init__(
         self,
         run: Run,
-        data: Collection,
+        card: ModelCard,
         stream: Stream,
         engine: Engine,
         checkpoints: Checkpoints,
@@ -120,7 +143,7 @@ class Recorder:
         tracker: Tracker | None,
         first: int,
     ) -> None:
-        self.run, self.data, self.stream, self.engine, self.checkpoints = run, data, stream, engine, checkpoints
+        self.run, self.card, self.stream, self.engine, self.checkpoints = run, card, stream, engine, checkpoints
         self.plan, self.history, self.world, self.tracker = plan, history, world, tracker
         self.seconds: dict[str, float] = {"saving checkpoints": 0.0}
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
@@ -161,19 +184,9 @@ class Recorder:
 
     def _save(self, step: int) -> None:
         p = _pretrain(self.run)
-        card = ModelCard(
-            p.model.name,
-            p.model.arguments,
-            p.image.pixels,
-            self.data.classes,
-            p.image.mean,
-            p.image.std,
-            self.data.hash,
-            self.run.id,
-            step,
-        )
+        self.engine.agree_on_buffers(self.stream.has_samples)
         new = self.stream.agree(self.world)
-        save(self.engine, self.checkpoints, card, self.stream.state(), self.history, p.save.keep, self.world)
+        save(self.engine, self.checkpoints, replace(self.card, step=step), self.stream.state(), self.history, p.save.keep, self.world)
         if new and self.world.is_main:
             reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in new).items())
             say(f"warning: {len(new)} samples could not be read and were replaced by others since the last checkpoint ({reasons})")

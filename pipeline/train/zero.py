@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.config.schema import Pretrain
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.world import World
+from pipeline.models import Model
 
 _TAG = "engine"  # DeepSpeed's name for the folder of one checkpoint
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,10 +63,15 @@ def check_precision(precision: str) -> None:
 class Engine:
     """One rank's model under ZeRO. `rounds` micro-batches make a step; calls of all ranks must match."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Pretrain, rounds: int, world: World) -> None:
+    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, config: Pretrain, rounds: int, world: World) -> None:
         self.world, self.dtype, self.stage = world, _DTYPES[config.precision], config.zero.stage
         self.is_plain = self.stage == 0 and self.dtype == torch.float32  # the parameters are whole, and in fp32
         self._norm: torch.Tensor | None = None
+        self._scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+        for name in self._scalars:  # DeepSpeed cannot broadcast what has no dimension
+            scalar = model.get_parameter(name)
+            scalar.data = scalar.data.view(1)
+        self._limits = [(parameter, *model.limits[name]) for name, parameter in model.named_parameters() if name in model.limits]
         # In 16 bits DeepSpeed's stage 0 takes a step of its own before the first (it decays weights and counts in Adam's
         # bias correction), and does not give out fp32 weights. Stage 1 sends as many bytes and does neither.
         stage = config.zero.stage if self.dtype == torch.float32 else max(1, config.zero.stage)
@@ -99,10 +105,26 @@ class Engine:
         self.engine.backward(loss)
 
     def step(self) -> None:
-        """To be called after each backward; every `rounds`th call updates the parameters."""
-        if self.is_plain and self.engine.is_gradient_accumulation_boundary():  # here DeepSpeed keeps no norm
+        """To be called after each backward; every `rounds`th call updates the parameters, and brings back what left its limits."""
+        is_update = self.engine.is_gradient_accumulation_boundary()
+        if self.is_plain and is_update:  # here DeepSpeed keeps no norm
             self._norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
         self.engine.step()
+        if is_update:
+            for parameter, low, high in self._limits:
+                self._clamp(parameter, low, high)
+
+    def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
+        """In all the forms that ZeRO keeps: the parameter or this rank's part of it, and the fp32 values behind that."""
+        with torch.no_grad():
+            parameter.data.clamp_(low, high)  # nothing where stage 3 holds no whole one
+            if self.stage == 3:
+                from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+                parameter.ds_tensor.data.clamp_(low, high)  # type: ignore[attr-defined]
+                safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
+            elif getattr(parameter, "_hp_mapping", None) is not None:  # this rank keeps it
+                parameter._hp_mapping.get_hp_fragment().clamp_(low, high)  # type: ignore[attr-defined]
 
     def gradient_norm(self) -> float:
         """Of the last update, over all parameters and ranks, before clipping."""
@@ -128,8 +150,20 @@ class Engine:
         if path is None:
             raise CheckpointError(f"checkpoint {directory}: DeepSpeed found no training state in it")
 
+    def agree_on_buffers(self, has_samples: bool) -> None:
+        """Average what each rank keeps for itself beside parameters: BatchNorm's running statistics, of its own micro-batches. A rank
+        that gets fillers alone has none."""
+        if self.world.size == 1:
+            return
+        for name, buffer in self.engine.module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                sums = torch.cat([buffer.float().flatten(), torch.ones(1, device=buffer.device)]) * has_samples
+                dist.all_reduce(sums)
+                buffer.copy_((sums[:-1] / sums[-1]).view(buffer.shape))
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """All parameters in fp32 on the CPU, gathered from their partitions; empty on every rank but the first."""
+        """All parameters in fp32 on the CPU, gathered from their partitions, and the buffers that a state holds; empty on every rank
+        but the first."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full: dict[str, torch.Tensor] = {}
@@ -138,5 +172,10 @@ class Engine:
             value = parameter if self.is_plain else safe_get_full_fp32_param(parameter)
             if self.world.is_main:
                 shape = parameter.ds_shape if self.stage == 3 else parameter.shape
-                full[name] = value.detach().float().cpu().clone().view(shape).contiguous()
+                full[name] = value.detach().float().cpu().clone().view(() if name in self._scalars else shape).contiguous()
+        if self.world.is_main:
+            kept = self.engine.module.state_dict()
+            for name, buffer in self.engine.module.named_buffers():
+                if name in kept:
+                    full[name] = (buffer.float() if buffer.is_floating_point() else buffer).cpu().clone().contiguous()
         return full

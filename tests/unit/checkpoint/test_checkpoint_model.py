@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,16 +10,16 @@ from pipeline.checkpoint import Checkpoints, Commit, ModelCard, adapt_weights, f
 from pipeline.checkpoint.model import split_url, write_model
 from pipeline.core.errors import CheckpointError, NoSuchRun
 from pipeline.core.storage import Storage
-from pipeline.models import build_model
-from pipeline.models.vit import VisionTransformer, resize_positions
+from pipeline.models import Model, create
+from pipeline.models.positions import resize_positions
 
-ARGUMENTS = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
-CARD = ModelCard("vit", ARGUMENTS, 8, ["a", "b", "c"], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "run-id", 7)
+OPTIONS = {"width": 16, "depth": 1, "heads": 2, "patch": 4, "pixels": 8, "classes": 3}
+CARD = ModelCard("vit", OPTIONS, "classify", ["a", "b", "c"], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "run-id", 7)
 
 
-def model(pixels: int = 8, classes: int = 3, seed: int = 0, **arguments: int) -> VisionTransformer:
-    made = build_model("vit", {**ARGUMENTS, **arguments}, pixels=pixels, classes=classes, seed=seed)
-    if classes:
+def model(seed: int = 0, **changes: Any) -> Model:
+    made = create("vit", seed=seed, **{**OPTIONS, **changes})
+    if made.options.classes:
         torch.nn.init.ones_(made.head.weight)
     return made
 
@@ -83,7 +84,9 @@ def test_another_model_is_refused(arguments: dict[str, int], parameter: str) -> 
     with pytest.raises(CheckpointError) as e:
         adapt_weights(CARD, model().state_dict(), other, "pretrain.start.from")
     shape = tuple(other.state_dict()[parameter].shape)
-    assert str(e.value).startswith("pretrain.start.from: the checkpoint of run run-id at step 7 is of a different model, vit {'width': 16,")
+    assert str(e.value).startswith(
+        "pretrain.start.from: the checkpoint of run run-id at step 7 is of a different model, vit width 16, depth 1,"
+    )
     assert f"its {parameter} has shape " in str(e.value) and f", this model's has {shape}" in str(e.value)
 
 

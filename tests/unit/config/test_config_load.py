@@ -114,15 +114,46 @@ def test_extends(tmp_path: Path) -> None:
 
 
 def test_plain_words() -> None:
-    words = parse_config({**minimal(objective="classify", start="/runs/a@5", schedule="linear"), "cluster": "local", "storage": "s3://a"})
+    words = parse_config(
+        {
+            **minimal(objective="classify", start="/runs/a@5", schedule="linear", palette="/p.npy", text="/t.json"),
+            "cluster": "local",
+            "storage": "s3://a",
+        }
+    )
     spelt = parse_config(
         {
-            **minimal(objective={"name": "classify"}, start={"from": "/runs/a@5"}, schedule={"name": "linear"}, model={"name": "vit_b16"}),
+            **minimal(
+                objective={"name": "classify"},
+                start={"from": "/runs/a@5"},
+                schedule={"name": "linear"},
+                model={"name": "vit_b16"},
+                palette={"url": "/p.npy"},
+                text={"tokenizer": "/t.json"},
+            ),
             "cluster": {"name": "local"},
             "storage": {"url": "s3://a"},
         }
     )
     assert words == spelt
+
+
+def test_samples_as_people_write_them() -> None:
+    """Without a URL there is something to plan with."""
+    for given, samples in (("1.28M", 1_280_000), (1_281_167, 1_281_167), ("14.2 M", 14_200_000)):
+        assert parse_config({**MINIMAL, "data": {"samples": given, "classes": "21k"}}).data == [Data(samples=samples, classes=21_000)]
+    assert Data(url="a", samples="1k").samples == 1000  # type: ignore[arg-type]
+
+
+def test_null_takes_an_argument_away() -> None:
+    """One that an extended file gave."""
+    config = parse_config(minimal(model={"name": "vit_b16", "drop_path": 0.1, "depth": 2}), ["pretrain.model.drop_path=null"])
+    assert config.pretrain is not None and config.pretrain.model.arguments == {"depth": 2}
+
+
+def test_a_palette_becomes_a_section() -> None:
+    p = parse_config(minimal(palette="three-bit"), ["pretrain.palette.colors=16"]).pretrain
+    assert p is not None and p.palette is not None and (p.palette.url, p.palette.colors) == ("three-bit", 16)
 
 
 def test_a_plain_word_becomes_a_section(tmp_path: Path) -> None:
@@ -174,6 +205,17 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "/home/ada/runs/a@5",
     )
     assert [s.data for s in config.evaluate.suites] == [None, "own", "/home/ada/c", f"{tmp_path}/d", None]
+    section = minimal(palette="p.npy", text={"tokenizer": "~/t.json"}, objective={"name": "distil", "teacher": "runs/b@7"})
+    named = parse_config(section).pretrain
+    assert named is not None and named.palette is not None and named.text is not None
+    assert (named.palette.url, named.text.tokenizer) == (f"{tmp_path}/p.npy", "/home/ada/t.json")
+    assert named.objective.arguments == {"teacher": f"{tmp_path}/runs/b@7"}
+    for palette in ("three-bit", {"url": "three-bit"}):
+        kept = parse_config(minimal(palette=palette)).pretrain
+        assert kept is not None and kept.palette is not None and kept.palette.url == "three-bit"
+    models = {"model": "runs/a", "palette": "three-bit", "tokenizer": "t.json", "suites": ["a"]}
+    alone = parse_config({"name": "t", "storage": "r", "evaluate": models}).evaluate
+    assert alone is not None and (alone.model, alone.palette, alone.tokenizer) == (f"{tmp_path}/runs/a", "three-bit", f"{tmp_path}/t.json")
     source = parse_config({"name": "t", "storage": "own", "shard": {"source": {"url": "~/images"}}})
     assert source.shard is not None and (source.shard.source.url, source.storage.url) == ("/home/ada/images", f"{tmp_path}/own")
 
@@ -265,7 +307,7 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         (minimal(bacth=3), "pretrain.bacth: no such key, did you mean 'batch'? (allowed: batch, duration, "),
         ({**MINIMAL, "pretain": {}}, "pretain: no such key, did you mean 'pretrain'? (allowed: cluster, data, "),
         (minimal(optimizer={"lrr": 1}), "pretrain.optimizer.lrr: no such key, did you mean 'lr'? (allowed: betas, clip, eps, lr, "),
-        ({**MINIMAL, "evaluate": {"suites": [{"name": "x", "dta": "y"}]}}, "evaluate.suites.0.dta: no such key, did you mean 'data'? (allowed: data, name, test, train)"),
+        ({**MINIMAL, "evaluate": {"suites": [{"name": "x", "dta": "y"}]}}, "evaluate.suites.0.dta: no such key, did you mean 'data'? (allowed: class_names, data, name, templates, test, train)"),
         (minimal(batch="many"), "pretrain.batch: 'many' should be a valid integer"),
         (minimal(batch=0), "pretrain.batch: 0 should be greater than or equal to 1"),
         (minimal(precision="int8"), "pretrain.precision: 'int8' should be 'fp32', 'bf16' or 'fp16'"),
@@ -291,7 +333,18 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         ({**MINIMAL, "data": [{"url": "a", "weight": 1}, "b"]}, "weight: is given for some of the datasets only; give it for all or for none"),
         ({**MINIMAL, "data": {"url": "a", "where": {"score": {}}}}, "data.0.where.score.min: is missing, and max too; a bound needs one of them"),
         ({**MINIMAL, "shard": {"source": {"url": "x"}}}, "data: give either data or a shard section, not both"),
-        ({"name": "t", "storage": "r", "data": "d", "evaluate": {"suites": ["x"]}}, "evaluate: needs a pretrain section"),
+        ({"name": "t", "storage": "r", "data": "d", "evaluate": {"suites": ["x"]}}, "evaluate.model: is missing, and there is no pretrain section"),
+        ({**MINIMAL, "evaluate": {"suites": ["x"], "model": "/m"}}, "evaluate.model: give either that or a pretrain section"),
+        ({**MINIMAL, "data": {}}, "data.0.url: is missing, and samples too; name the dataset, or say how many samples to plan for"),
+        ({**MINIMAL, "data": {"classes": 10}}, "data.0.url: is missing, and samples too"),
+        ({**MINIMAL, "data": ["a", {"weight": 2}]}, "data.1.url: is missing, and samples too"),
+        ({**MINIMAL, "data": {"samples": "many"}}, "data.0.samples: 'many' needs a whole number of 1 or more, such as 1281167 or '14.2M' (k, M, B)"),
+        ({**MINIMAL, "data": {"samples": 0}}, "data.0.samples: 0 needs a whole number of 1 or more"),
+        ({**MINIMAL, "data": {"url": "a", "classes": True}}, "data.0.classes: True needs a whole number of 1 or more"),
+        (minimal(palette={"colors": 1}), "pretrain.palette.colors: 1 should be greater than or equal to 2"),
+        (minimal(palette={"colors": 2**15 + 1}), "pretrain.palette.colors: 32769 should be less than or equal to 32768"),
+        (minimal(palette={"colours": 8}), "pretrain.palette.colours: no such key, did you mean 'colors'? (allowed: colors, sha256, url)"),
+        (minimal(text={"length": 2}), "pretrain.text.length: 2 should be greater than or equal to 3"),
         ({**MINIMAL, "evaluate": {"suites": []}}, "evaluate.suites: [] "),
         ({"name": "t", "storage": "r", "shard": {"source": {"url": "x"}, "splits": {"a": 0.5, "b": 0.4}}}, "the fractions must add up to 1, these add up to 0.9"),
         ({"name": "t", "storage": "r", "shard": {"source": {"url": "x"}, "size": "256 mb"}}, "shard.size: '256 mb' needs a number and a unit, such as '256 MiB'"),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.core.units import Duration, format_bytes, format_count, format_seconds, parse_bytes
+from pipeline.core.units import Duration, format_bytes, format_count, format_seconds, parse_bytes, parse_count
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,22 @@ def test_numbers_for_people() -> None:
     assert [format_count(n) for n in (7, 1_234_567, 2e12, 12_800_000_000)] == ["7", "1.23M", "2T", "12.8B"]
     assert [format_seconds(n) for n in (8.24, 59.94, 200, 7500)] == ["8.2 s", "59.9 s", "3 min 20 s", "2 h 05 min"]
     assert format_seconds(59.97) == "1 min 00 s"
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [("14.2M", 14_200_000), ("1.28M", 1_280_000), (" 400 M ", 400_000_000), ("12.8B", 12_800_000_000), ("1k", 1000), ("1K", 1000),
+     ("1281167", 1_281_167), (1_281_167, 1_281_167), (1, 1), ("2e4", 20_000), (7.0, 7), ("0.5k", 500)],
+)  # fmt: skip
+def test_counts(given: object, count: int) -> None:
+    found = parse_count(given)
+    assert found == count and isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [0, -3, 0.5, "0", "1.5", "0.0001k", "1,000", "1 T", "M", "", "five", None, True, [3], float("nan"), float("inf"), "1e300", 10**16],
+)
+def test_what_is_no_count(given: object) -> None:
+    with pytest.raises(ValueError, match=r"^needs a whole number of 1 or more, such as 1281167 or '14.2M' \(k, M, B\)$"):
+        parse_count(given)

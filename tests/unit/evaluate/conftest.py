@@ -12,11 +12,12 @@ from pipeline.checkpoint import ModelCard
 from pipeline.config import Config, parse_config
 from pipeline.core.storage import Storage
 from pipeline.evaluate.tasks import Task
-from pipeline.models import build_model
+from pipeline.models import create
 from pipeline.shards.job import make_dataset
 
 CLASSES = ["blue", "green", "red"]
 MODEL = {"width": 16, "depth": 1, "heads": 2, "patch": 4, "pool": "gap"}
+OPTIONS = {**MODEL, "pixels": 8, "classes": len(CLASSES)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,13 +83,13 @@ def task(dataset_url: str) -> Task:
 
 @pytest.fixture
 def card() -> ModelCard:
-    return ModelCard("vit", MODEL, 8, CLASSES, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "tiny", 7)
+    return ModelCard("vit", OPTIONS, "classify", CLASSES, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "tiny", 7)
 
 
 @pytest.fixture
 def state() -> dict[str, torch.Tensor]:
     """Untrained weights with a head that is not zero."""
-    model = build_model("vit", MODEL, pixels=8, classes=3, seed=1)
+    model = create("vit", seed=1, **OPTIONS)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.nn.init.normal_(model.head.weight, std=0.1)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.core.errors import CheckpointError, Diverged
 from pipeline.evaluate.finetune import Outcome, Part, Settings, choose_lr, fine_tune, learning_rate, pass_size, prepare, sweep_lr
 from pipeline.evaluate.tasks import Task
-from pipeline.models.vit import resize_positions
+from pipeline.models.positions import resize_positions
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_prepare_interpolates_positions_and_zeroes_the_head(card: ModelCard, sta
 
 def test_other_weights_are_refused(card: ModelCard, state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(CheckpointError, match="a different model"):
-        prepare(replace(card, arguments={**card.arguments, "width": 32}), state, 16, classes=3)
+        prepare(replace(card, options={**card.options, "width": 32}), state, 16, classes=3)
 
 
 def test_learning_rate_warms_up_then_falls_to_nothing(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from launch.submit import _load, main
 from pipeline.checkpoint import claim_run
 from pipeline.config import parse_config
+from pipeline.config.load import split_words
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest
@@ -98,3 +99,36 @@ def test_gpus(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for cluster, gpus in (({"gpus": 1, "min_gpus": 2}, "1"), ({"min_gpus": 2}, "not given")):
         with pytest.raises(ConfigError, match=rf"^cluster.min_gpus: 2 is the least of cluster.gpus, which is {gpus}$"):
             check_config(parse_config({**values, "cluster": cluster}))
+
+
+def write(values: dict[str, Any], file: Path, **changes: Any) -> str:
+    file.write_text(json.dumps({**values, **changes}))
+    return str(file)
+
+
+def test_a_later_config_may_use_what_an_earlier_one_makes(values: dict[str, Any], tmp_path: Path) -> None:
+    first = write(values, tmp_path / "first.yaml")
+    second = write(values, tmp_path / "second.yaml", name="second", shard=None, data=f"{tmp_path}/runs/run/shards")
+    ended = CliRunner().invoke(main, [second, "--plan"])
+    assert ended.exit_code == ExitCode.PREFLIGHT and "there is no dataset" in ended.output
+    ended = CliRunner().invoke(main, [first, second, "--plan", "pretrain.duration=3 steps"])
+    assert ended.exit_code == ExitCode.DONE, ended.output
+    assert ended.output.count("steps        about 3 ") == 2, "an override is for all"
+
+
+def test_two_runs_of_one_name_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    file = write(values, tmp_path / "first.yaml")
+    ended = CliRunner().invoke(main, [file, file])
+    assert ended.exit_code == ExitCode.PREFLIGHT and "name: 'run' is the name of two of the configs" in ended.output
+
+
+def test_configs_of_two_clusters_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    other = write(values, tmp_path / "other.yaml", name="other", cluster={"name": "ray", "address": "http://head:8265"})
+    ended = CliRunner().invoke(main, [write(values, tmp_path / "first.yaml"), other])
+    assert ended.exit_code == ExitCode.PREFLIGHT and "cluster: the configs name different clusters" in ended.output
+
+
+def test_words() -> None:
+    assert split_words(["a.yaml", "x.y=1", "s3://b/run?a=b", "z=c=d"]) == (["a.yaml", "s3://b/run?a=b"], ["x.y=1", "z=c=d"])
+    with pytest.raises(ConfigError, match="config: is missing"):
+        split_words(["a=b"])

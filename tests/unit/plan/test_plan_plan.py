@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, parse_config
+from pipeline.objectives import Facts
 from pipeline.plan import Plan, make_plan
 from pipeline.plan.describe import as_text, describe
 from pipeline.stream.collection import Reading
@@ -26,7 +27,7 @@ def config(**changes: Any) -> Config:
 
 
 def plan(workers: int = 1, samples: int = 1050, **changes: Any) -> Plan:
-    return make_plan(config(**changes), samples, 5, workers)
+    return make_plan(config(**changes), samples, Facts(classes=5), workers)
 
 
 def test_steps() -> None:
@@ -71,7 +72,7 @@ def test_zero_stages_share(stage: int, shares: tuple[int, int, int]) -> None:
 
 
 def test_what_it_asks_of_the_store() -> None:
-    text = as_text(describe(config(), make_plan(config(), 1050, 5, 1, Reading(40_000, 64)), False, 1), "config")
+    text = as_text(describe(config(), make_plan(config(), 1050, Facts(classes=5), 1, Reading(40_000, 64)), False, 1), "config")
     assert "store        39.1 KiB a sample, 40.1 MiB an epoch; every 1,000 samples/s ask for 38.1 MiB/s in 20 requests/s" in text
     assert Reading(40_000, 1).requests == 1000 and "store" not in as_text(describe(config(), plan(), False, 1), "config")
 

@@ -17,7 +17,6 @@ from pipeline.core.storage import Storage
 from pipeline.evaluate.results import make_result, write_result
 from pipeline.evaluate.supervised import evaluate_supervised
 from pipeline.evaluate.tasks import Task
-from pipeline.models import build_model
 from pipeline.shards.job import make_dataset
 
 CLASSES = ["<b>dark", "light"]
@@ -68,8 +67,10 @@ def run(config: Config, dataset_url: str) -> Storage:
     run = Storage(config.storage.url) / config.name
     data = Task("squares", dataset_url, "train", "test", [])
     task = Task("squares", dataset_url, "train", "test", data.open("test").classes)
-    card = ModelCard("vit", MODEL, 8, task.classes, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "tiny", 5)
-    model = build_model("vit", MODEL, pixels=8, classes=2)
+    card = ModelCard(
+        "vit", {**MODEL, "pixels": 8, "classes": 2}, "classify", task.classes, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "tiny", 5
+    )
+    model = card.make()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.nn.init.normal_(model.head.weight)  # type: ignore[arg-type]

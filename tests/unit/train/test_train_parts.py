@@ -15,7 +15,7 @@ from pipeline.config.schema import Cluster, Optimizer
 from pipeline.core.errors import CheckpointError, ConfigError, Diverged
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
-from pipeline.models import build_model
+from pipeline.models import create
 from pipeline.stream import open_stream
 from pipeline.train.job import choose_workers
 from pipeline.train.loop import Clock
@@ -47,7 +47,7 @@ def test_schedules_without_warmup_and_of_one_step(name: str) -> None:
 
 
 def test_what_decays() -> None:
-    model = build_model("vit", {"width": 16, "depth": 1, "heads": 2, "patch": 4}, pixels=8, classes=3)
+    model = create("vit", width=16, depth=1, heads=2, patch=4, pixels=8, classes=3)
     names = {id(p): n for n, p in model.named_parameters()}
     decay, keep = decay_groups(model, 0.3)
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
@@ -60,7 +60,7 @@ def test_what_decays() -> None:
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_optimizers(name: str) -> None:
     config = Optimizer(name=name, lr=0.1, betas=(0.8, 0.95), eps=1e-5, momentum=0.7, weight_decay=0.2)
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    optimizer = build_optimizer(create("vit", width=16, depth=1, heads=2, patch=4, pixels=8, classes=3), config)
     assert type(optimizer).__name__.lower() == name
     first = optimizer.param_groups[0]
     assert (first["lr"], first["weight_decay"]) == (0.1, 0.2) and optimizer.param_groups[1]["weight_decay"] == 0

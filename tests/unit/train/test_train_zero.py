@@ -4,87 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from workshop import SPEED, Workshop, close
 
 from pipeline.checkpoint import Checkpoints, find_model, read_history
 from pipeline.core.storage import Storage
 
 pytestmark = pytest.mark.timeout(240)
-STEPS = 6
-SEED = 20_260_101  # people use dates
-SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction")
-
-
-class Workshop:
-    """A dataset, a config, and a way to train it in processes of their own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        config = {
-            "name": "run", "seed": SEED, "storage": str(root / "runs"), "cluster": "local", "data": str(root / "data"),
-            "pretrain": {
-                "model": {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4, "pool": "gap", "dropout": 0.1},
-                "objective": {"name": "classify", "smoothing": 0.1},
-                "image": {"pixels": 8},
-                "batch": 20, "micro_batch": 4,  # five pieces: with two or three ranks there are fillers
-                "duration": f"{STEPS} steps", "log": "1 step", "validate": {"every": "3 steps"}, "save": {"every": "3 steps", "keep": 5},
-                "optimizer": {"lr": 5e-3, "weight_decay": 0.1, "clip": 1.0}, "schedule": {"name": "cosine", "warmup": "2 steps"},
-                "precision": "fp32",
-            },
-        }  # fmt: skip
-        (root / "config.yaml").write_text(yaml.safe_dump(config))
-
-    def job(self, name: str, *overrides: str) -> dict[str, Any]:
-        return {"config": str(self.root / "config.yaml"), "overrides": [f"name={name}", *overrides]}
-
-    def train(self, world_size: int, jobs: list[dict[str, Any]]) -> list[list[str] | None]:
-        """The error of each job, or None."""
-        (self.root / "jobs.json").write_text(json.dumps(jobs))
-        self.start(world_size, [str(Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")])
-        return [r["error"] for r in json.loads((self.root / "results.json").read_text())]
-
-    def start(self, world_size: int, arguments: list[str]) -> str:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--master-port", str(port), "--nproc-per-node", str(world_size)]
-        known = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        env = {
-            **known, "PYTHONPATH": str(Path(__file__).parents[3]), "TORCH_EXTENSIONS_DIR": str(self.root / "extensions"),
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
-        done = subprocess.run(
-            [*torchrun, *arguments] if world_size > 1 else [sys.executable, *arguments],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
-        return done.stderr
-
-    def directory(self, name: str) -> Storage:
-        return Storage(str(self.root / "runs" / name))
-
-    def rows(self, name: str) -> list[dict[str, float]]:
-        """The history without what differs from run to run by nature."""
-        return [{k: v for k, v in row.items() if k not in SPEED} for row in read_history(self.directory(name))]
-
-
-def close(one: list[dict[str, float]], two: list[dict[str, float]], tolerance: float) -> bool:
-    return [set(r) for r in one] == [set(r) for r in two] and all(
-        abs(a[k] - b[k]) <= tolerance for a, b in zip(one, two, strict=True) for k in a
-    )
 
 
 @pytest.fixture(scope="module")

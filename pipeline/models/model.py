@@ -1,0 +1,58 @@
+"""What every model can do beside its `forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    """Base of all families. B batch, D the width of `features`.
+
+    `unpenalised` names parameters that weight decay leaves alone, beside those of one dimension; `limits` names scalar
+    parameters that are kept within bounds after each step; `head_names` those of the classifier, which fine-tuning makes anew.
+    """
+
+    options: Any  # the family's
+    unpenalised: ClassVar[frozenset[str]] = frozenset()
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    head_names: ClassVar[frozenset[str]] = frozenset({"head.weight", "head.bias"})
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What a linear probe sees of each image, (B, D): of normalised images, or of an iGPT's tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
+
+    def example(self, batch: int) -> tuple[torch.Tensor, ...]:
+        """Arguments of `forward` for `batch` samples, on the device and in the type of the parameters; their values mean nothing."""
+        raise NotImplementedError
+
+    def activations(self) -> float:
+        """Numbers that a training step keeps of one sample, about; attention weights are not kept."""
+        raise NotImplementedError
+
+    def adapt(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A state of the same family, made for other pixels or classes, as this model can load it.
+
+        Positions are interpolated; a head of another shape is left zero. What else differs is left as it is, for the caller to see.
+        """
+        return dict(state)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def flops(model: Model) -> float:
+    """Floating-point operations of one forward pass of one sample, two a multiply-add; norms and activations left out, causal
+    attention counted as a full square, which is how MFU is commonly stated. By torch's own counter, on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        twin = type(model)(model.options)
+    twin.eval().requires_grad_(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(*twin.example(1))
+    return float(counter.get_total_flops())

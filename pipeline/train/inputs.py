@@ -1,0 +1,197 @@
+"""What stands between samples and the model: a palette or a tokenizer, loaded or learned from the run's own data, and a teacher.
+
+Palette and tokenizer are kept in the run directory, so that they are learned once and the run goes on without what it began with,
+and are in each checkpoint's card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.checkpoint import ModelCard, Run
+from pipeline.checkpoint.model import find_start_card, open_model
+from pipeline.config import Config
+from pipeline.config.schema import Palette as PaletteSection
+from pipeline.config.schema import Pretrain, Text
+from pipeline.core.errors import CheckpointError, ConfigError, TesseraError
+from pipeline.core.progress import Progress, say
+from pipeline.core.storage import Storage
+from pipeline.core.world import World
+from pipeline.objectives import OBJECTIVES, Facts, Inputs, Teacher, check_objective
+from pipeline.objectives.distil import DistilOptions
+from pipeline.objectives.objective import Need
+from pipeline.stream import Collection
+from pipeline.stream.palette import Palette, views
+from pipeline.stream.text import Tokenizer
+
+PALETTE, TOKENIZER = "palette.npy", "tokenizer.json"
+THREE_BIT = "three-bit"
+TEACHER = "pretrain.objective.teacher"
+_IMAGES, _CAPTIONS = 10_000, 200_000  # to learn from, at most
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the config's objective needs beside samples; None where it does not."""
+
+    palette: Palette | None
+    tokenizer: Tokenizer | None
+    context: int
+
+    def facts(self, classes: int, otherwise: Facts | None = None) -> Facts:
+        """`otherwise`: what is planned for that which is to be learned."""
+        planned = otherwise or Facts()
+        colors = self.palette.size if self.palette else planned.colors
+        return Facts(classes, colors, self.tokenizer.size if self.tokenizer else planned.vocabulary, self.context)
+
+
+def needs(p: Pretrain) -> frozenset[Need]:
+    return OBJECTIVES[p.objective.name].needs
+
+
+def planned_facts(p: Pretrain, classes: int) -> Facts:
+    """As they will be, at most, before anything is learned or loaded."""
+    palette, text = p.palette or PaletteSection(), p.text or Text()
+    wanted = needs(p)
+    colors = 512 if palette.url == THREE_BIT else palette.colors
+    return Facts(classes, colors if "palette" in wanted else 0, text.size if "captions" in wanted else 0, text.length)
+
+
+def named_inputs(p: Pretrain, endpoint: str | None, own: Storage) -> Prepared:
+    """What the run in the directory `own` keeps; else what the config names, or what the run that it starts from was trained with;
+    None for what is to be learned.
+
+    Raises:
+        DataError: a file that is named cannot be read. CheckpointError: the run to start from cannot.
+    """
+    wanted, palette, tokenizer = needs(p), None, None
+    kept = {name for name in (PALETTE, TOKENIZER) if wanted & {"palette", "captions"} and own.exists(name)}
+    wants_more = ("palette" in wanted and PALETTE not in kept) or ("captions" in wanted and TOKENIZER not in kept)
+    card = find_start_card(p.start.from_, endpoint) if p.start and wants_more else None
+    if "palette" in wanted:
+        section = p.palette or PaletteSection()
+        if PALETTE in kept:
+            palette = Palette.load(f"{own.url}/{PALETTE}", endpoint=endpoint)
+        elif section.url == THREE_BIT:
+            palette = Palette.three_bit()
+        elif section.url:
+            palette = Palette.load(section.url, section.sha256, endpoint)
+        elif card:
+            palette = card.open_palette()
+    if "captions" in wanted:
+        text = p.text or Text()
+        if TOKENIZER in kept:
+            tokenizer = Tokenizer.load(f"{own.url}/{TOKENIZER}", endpoint=endpoint)
+        elif text.tokenizer:
+            tokenizer = Tokenizer.load(text.tokenizer, text.sha256, endpoint)
+        elif card:
+            tokenizer = card.open_tokenizer()
+    return Prepared(palette, tokenizer, (p.text or Text()).length)
+
+
+def prepare_inputs(run: Run, data: Collection, world: World) -> Prepared:
+    """`named_inputs`, and what is left learned from the data, unless an earlier start of the run did it; kept in the run's directory.
+    All ranks call this together, the first one learns.
+
+    Raises:
+        DataError: also where there is too little to learn from.
+    """
+    p = run.config.pretrain
+    assert p is not None, "called for a config that pre-trains"
+    error: TesseraError | None = None
+    if world.is_main:
+        try:
+            _keep_inputs(run, p, data)
+        except TesseraError as e:
+            error = e  # the others wait for this rank: tell them
+    if (error := world.broadcast(error)) is not None:
+        raise error
+    return named_inputs(p, run.config.storage.endpoint, run.directory)
+
+
+def _keep_inputs(run: Run, p: Pretrain, data: Collection) -> None:
+    """Put what the objective needs into the run's directory, where it is not there."""
+    wanted, endpoint = needs(p), run.config.storage.endpoint
+    named = named_inputs(p, endpoint, run.directory)
+    if "palette" in wanted and not run.directory.exists(PALETTE):
+        palette = named.palette or learn_palette(data, p.image.pixels, (p.palette or PaletteSection()).colors)
+        palette.save(f"{run.directory.url}/{PALETTE}", endpoint)
+    if "captions" in wanted and not run.directory.exists(TOKENIZER):
+        tokenizer = named.tokenizer or learn_tokenizer(data, (p.text or Text()).size)
+        run.directory.write(TOKENIZER, tokenizer.to_json().encode())
+
+
+def open_inputs(config: Config, prepared: Prepared, classes: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """What the objective is built with.
+
+    Raises:
+        CheckpointError: there is no teacher where the config names one. ConfigError: it has other classes.
+    """
+    p = config.pretrain
+    assert p is not None, "called for a config that pre-trains"
+    teacher = None
+    if "teacher" in needs(p):
+        teacher = open_teacher(_teacher_url(p), p.image.pixels, classes, config.storage.endpoint)
+        teacher.model.to(device, dtype)
+    return Inputs(p.image.mean, p.image.std, dtype, prepared.palette, teacher)
+
+
+def check_teacher(p: Pretrain, classes: int | None, endpoint: str | None) -> None:
+    """Preflight: raise what is wrong with the teacher that the objective names, if it has one. Of a run the card alone is read."""
+    if "teacher" not in needs(p):
+        return
+    url = _teacher_url(p)
+    card = find_start_card(url, endpoint, TEACHER) or open_model(url, endpoint, TEACHER)[0]
+    if classes is not None:
+        _check_classes(card, url, classes)
+
+
+def _teacher_url(p: Pretrain) -> str:
+    options = check_objective(p.objective.name, p.objective.arguments)
+    assert isinstance(options, DistilOptions), "only distillation has a teacher"
+    return options.teacher
+
+
+def _check_classes(card: ModelCard, url: str, classes: int) -> None:
+    given = card.options.get("classes", 0)
+    if given != classes:
+        raise ConfigError(f"{TEACHER}: {url} tells {given} classes apart, and the data has {classes}; it must be a classifier of the same")
+
+
+def open_teacher(url: str, pixels: int, classes: int, endpoint: str | None) -> Teacher:
+    """The classifier at `url`, a run or a published model, at the student's resolution."""
+    card, weights = open_model(url, endpoint, TEACHER)
+    _check_classes(card, url, classes)
+    model = card.make(pixels=pixels)
+    try:
+        model.load_state_dict(model.adapt(weights))
+    except RuntimeError as e:
+        raise CheckpointError(f"{TEACHER}: the weights in {url} do not fit the model {card.model!r} ({e})") from e
+    return Teacher(model.eval().requires_grad_(False), card.mean, card.std)
+
+
+def learn_palette(data: Collection, pixels: int, colors: int) -> Palette:
+    """From views of `pixels` a side, as many of each dataset."""
+    share = max(1, _IMAGES // len(data.datasets))
+    say(f"pretrain     learning a palette of {colors} colours")
+    return Palette.train((views(dataset, pixels, share).numpy() for dataset in data.datasets), colors)
+
+
+def learn_tokenizer(data: Collection, size: int) -> Tokenizer:
+    """From captions, as many of each dataset."""
+    share = max(1, _CAPTIONS // len(data.datasets))
+
+    def captions() -> Iterator[str]:
+        for dataset in data.datasets:
+            numbers = np.sort(np.random.default_rng(0).choice(len(dataset), min(share, len(dataset)), replace=False))
+            with Progress("captions", len(numbers), "captions") as progress:
+                for number in numbers:
+                    yield dataset[int(number)].text
+                    progress.update()
+
+    say("pretrain     learning a tokenizer")
+    return Tokenizer.train(captions(), size)
