@@ -38,7 +38,7 @@ from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
-from pipeline.train.inputs import Prepared, check_teacher, named_inputs, planned_facts
+from pipeline.train.inputs import Prepared, check_captions, check_teacher, named_inputs, planned_facts
 from pipeline.train.job import pretrain
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
@@ -96,7 +96,8 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         data = _open_data(config, config.data)
         data.check_pixels(p.image)
         data.check_cache(p.loader.cache)
-        classes = len(data.classes)
+        classes = data.classes
+        check_captions(p, data)
     if p and is_to_run:
         check_teacher(p, classes, endpoint)
     if p and is_to_run and not Checkpoints(run_directory(config)).steps():  # with checkpoints of its own a run needs no other

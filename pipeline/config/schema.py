@@ -304,7 +304,7 @@ class Evaluate(Section):
     suites: list[Suite] = Field(min_length=1)
     protocols: list[str] = ["supervised", "linear", "few-shot", "fine-tune"]
     seeds: Count = 3
-    shots: list[Count] = [1, 5, 10, 25]
+    shots: list[Count] = Field([1, 5, 10, 25], min_length=1)
     fine_tune: FineTune = FineTune()
     completions: Annotated[int, Field(ge=0)] = Field(
         0,

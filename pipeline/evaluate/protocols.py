@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,11 @@ def check_protocols(evaluate: Evaluate, kind: Kind) -> None:
         raise ConfigError("evaluate.completions: a model trained with the BERT objective has no order to draw pixels in; leave it out")
     if "fine-tune" in evaluate.protocols:
         pixels = fine_tune_pixels(evaluate.fine_tune, kind)
+        if kind.options.get("positions") == "relative" and pixels != kind.options["pixels"]:
+            raise ConfigError(
+                f"evaluate.fine_tune.pixels: {pixels} is not possible with relative positions, which are of one grid "
+                f"(allowed: {kind.options['pixels']})"
+            )
         try:
             with torch.device("meta"):
                 as_classifier(kind.model, kind.options, pixels=pixels, classes=2)
@@ -84,10 +89,19 @@ def check_protocols(evaluate: Evaluate, kind: Kind) -> None:
 
 def fine_tune_pixels(how: FineTune, kind: Kind) -> int:
     """The input side of fine-tuning, in pixels: as told, or twice that of pre-training; the same for a model of pixels, whose
-    sequence would grow by four, and its cost by up to sixteen."""
-    return how.pixels or kind.options["pixels"] * (1 if kind.family == "igpt" else 2)
+    sequence would grow by four, and its cost by up to sixteen, and for relative positions, which are of one grid."""
+    stays = kind.family == "igpt" or kind.options.get("positions") == "relative"
+    return how.pixels or kind.options["pixels"] * (1 if stays else 2)
 
 
 def has_head(card: ModelCard) -> bool:
     """Whether the model tells the card's classes apart itself; a bag of words has logits too, but of words."""
-    return card.objective != "bag-of-words" and 0 < card.options.get("classes", 0) == len(card.classes)
+    return card.objective != "bag-of-words" and card.options.get("classes", 0) > 0
+
+
+def tells_apart(card: ModelCard, classes: Sequence[str]) -> bool:
+    """Whether the model's own head is for `classes`. A published model's is for as many, in their order: what it calls them, if it says,
+    is seldom what folders are called."""
+    if not card.dataset:
+        return has_head(card) and card.options["classes"] == len(classes)
+    return has_head(card) and card.classes == list(classes)

@@ -12,7 +12,7 @@ from pipeline.checkpoint import ModelCard
 from pipeline.config import fingerprint
 from pipeline.config.schema import Config
 from pipeline.core.progress import say
-from pipeline.evaluate.protocols import Kind, fine_tune_pixels, has_head
+from pipeline.evaluate.protocols import Kind, fine_tune_pixels, has_head, tells_apart
 from pipeline.evaluate.results import file_name
 from pipeline.evaluate.subject import training_view
 from pipeline.evaluate.tasks import Task, fine_tune_seeds
@@ -43,7 +43,7 @@ def list_wanted(config: Config, tasks: list[Task], card: ModelCard, weights: str
     wanted = []
     for task in tasks:
         for protocol in dict.fromkeys(config.evaluate.protocols):
-            if protocol == "supervised" and not (has_head(card) and task.classes == card.classes):
+            if protocol == "supervised" and not tells_apart(card, task.classes):
                 why = "the classes are not those of the model's head" if has_head(card) else "the model has no head of classes"
                 say(f"evaluate     {task.name}: supervised is left out, {why}")
                 continue

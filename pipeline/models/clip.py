@@ -93,7 +93,7 @@ class CLIP(Model):
 
     options: CLIPOptions
     # The paper decays all weights but gains and biases (section 2.5): positions too. OpenAI's class token has one dimension.
-    unpenalised = frozenset({"visual.cls_token", "logit_scale", "logit_bias"})
+    unpenalised = frozenset({"cls_token", "attn_pool.latent", "logit_scale", "logit_bias"})
     limits = {"logit_scale": (0.0, math.log(100))}  # section 2.5: logits are not scaled by more than 100
 
     def __init__(self, options: CLIPOptions) -> None:
@@ -106,12 +106,12 @@ class CLIP(Model):
 
     def forward(self, images: torch.Tensor | None = None, tokens: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         """Normalised images (B, 3, P, P) and tokens (B, L), either of which may be left out, to (images' embeddings (B, E) or None,
-        captions' (B, E) or None, scale (), already exponentiated), and the bias () where there is one. Logits of all pairs are
-        scale x images @ captions.T + bias."""
-        seen = None if images is None else F.normalize(self.visual(images), dim=-1)
-        read = None if tokens is None else F.normalize(self.text(tokens), dim=-1)
-        scale = self.logit_scale.exp().reshape(())  # DeepSpeed gives scalars a dimension
-        return (seen, read, scale) if self.logit_bias is None else (seen, read, scale, self.logit_bias.reshape(()))
+        captions' (B, E) or None, scale (), already exponentiated), and the bias () where there is one; in fp32 where the model is in
+        16 bits. Logits of all pairs are scale x images @ captions.T + bias."""
+        seen = None if images is None else _direction(self.visual(images))
+        read = None if tokens is None else _direction(self.text(tokens))
+        scale = _at_least_fp32(self.logit_scale).exp().reshape(())  # DeepSpeed gives scalars a dimension
+        return (seen, read, scale) if self.logit_bias is None else (seen, read, scale, _at_least_fp32(self.logit_bias).reshape(()))
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, 3, P, P) to embeddings (B, E) of length 1."""
@@ -185,3 +185,12 @@ def adapt_towers(model: Model, state: Mapping[str, torch.Tensor]) -> dict[str, t
     if positions in fitted:
         fitted[positions] = fitted[positions][: options.context]
     return fitted
+
+
+def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _direction(x: torch.Tensor) -> torch.Tensor:
+    """(B, E) of length 1, in fp32 or more: at a scale of 100, what 16 bits round off the length moves logits by 0.3."""
+    return F.normalize(_at_least_fp32(x), dim=-1)

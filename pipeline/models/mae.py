@@ -46,6 +46,8 @@ class MAEOptions(Options):
                 raise ValueError(f"{name}: {width} is not a multiple of 4, which the fixed 2-D positions need")
         if not self.seen:
             raise ValueError(f"mask: {self.mask} of {self.side**2} patches leaves none to see")
+        if self.seen == self.side**2:
+            raise ValueError(f"mask: {self.mask} of {self.side**2} patches hides none")
         return self
 
     @property

@@ -12,7 +12,7 @@ from torch import nn
 class Model(nn.Module):
     """Base of all families. B batch, D the width of `features`.
 
-    `unpenalised` names parameters that weight decay leaves alone, beside those of one dimension; `limits` names scalar
+    `unpenalised` are the ends of names of parameters that weight decay leaves alone, beside those of one dimension; `limits` names scalar
     parameters that are kept within bounds after each step; `head_names` those of the classifier, which fine-tuning makes anew.
     """
 

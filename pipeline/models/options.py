@@ -55,8 +55,18 @@ def explain(error: Any, kind: type[Options], where: str, hidden: frozenset[str] 
             return f"{key}.{error['ctx']['error']}"
         case "model_type" | "model_attributes_type":
             return f"{key}: {error['input']!r} should be a section"
-        case "union_tag_invalid" | "union_tag_not_found":
-            return f"{key}.kind: should be one of {error['ctx'].get('expected_tags', 'those there are')}"
+        case "union_tag_not_found":
+            choices = _sections(section.model_fields[path[-1]].annotation)
+            allowed = sorted(kind for choice in choices for kind in get_args(choice.model_fields["kind"].annotation))
+            return f"{key}.kind: is missing (allowed: {', '.join(allowed)})"
+        case "union_tag_invalid":
+            return f"{key}.kind: should be one of {error['ctx']['expected_tags']}"
+        case "tuple_type":
+            return f"{key}: {error['input']!r} should be a list"
+        case "too_short" | "too_long":
+            least = error["ctx"].get("min_length")
+            count = least or error["ctx"]["max_length"]
+            return f"{key}: should have at {'least' if least else 'most'} {count} item{'s' if count > 1 else ''}"
         case _:
             message = error["msg"].replace("Input should", "should").split(", unable to parse")[0].replace("a valid number", "a number")
             return f"{key}: {error['input']!r} {message}"

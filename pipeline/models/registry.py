@@ -61,7 +61,7 @@ def check_model(name: str, options: Mapping[str, Any], where: str = "model") -> 
         raise ConfigError(
             f"{where}.name: {name!r} is not known; the nearest are {', '.join(close)} (`python -m pipeline.models` lists all there are)"
         )
-    return parse(FAMILIES[family].options, _merge(base, options), where, GIVEN)
+    return parse(FAMILIES[family].options, merge(base, options), where, GIVEN)
 
 
 def create(name: str, *, seed: int | None = None, device: str | torch.device | None = None, **options: Any) -> Model:
@@ -83,14 +83,14 @@ def build(name: str, options: Options, *, seed: int | None = None, device: str |
     with torch.device(device if device is not None else torch.get_default_device()):
         if seed is None:
             return model(options)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(seed)
             return model(options)
 
 
 def as_classifier(name: str, options: Mapping[str, Any], *, pixels: int, classes: int) -> Model:
-    """What is fine-tuned of a model: itself with another head; of a CLIP its image tower, of an MAE its encoder, with the mean of
-    the patches in front of the head, as MAE's own fine-tuning has it.
+    """What is fine-tuned of a model: itself with one linear layer as its head (arXiv 2010.11929, section 3.2); of a CLIP its image
+    tower, of an MAE its encoder, with the mean of the patches and a fresh norm in front of the head, as MAE's own fine-tuning has it.
 
     Raises:
         ConfigError: it has no such part.
@@ -99,7 +99,7 @@ def as_classifier(name: str, options: Mapping[str, Any], *, pixels: int, classes
     match family:
         case "mae":
             shared = {key: options[key] for key in ("patch", "width", "depth", "heads", "mlp", "eps")}
-            return create("vit", **shared, pool="gap", class_token=True, **changes)
+            return create("vit", **shared, pool="gap", class_token=True, fc_norm=True, **changes)
         case "clip" if options["vision"]["kind"] == "vit":
             tower = {key: value for key, value in options["vision"].items() if key != "kind"}
             return create("vit", **{**tower, "activation": options["activation"], "head_bias": True, **changes})
@@ -108,7 +108,7 @@ def as_classifier(name: str, options: Mapping[str, Any], *, pixels: int, classes
                 f"evaluate.protocols: fine-tune is not for {name} (allowed for: classifiers, iGPT, MAE, and CLIP with a ViT tower)"
             )
         case "vit":
-            return create(name, **{**options, "masked": False, **changes})
+            return create(name, **{**options, "masked": False, "representation": None, **changes})
         case _:
             return create(name, **{**options, **changes})
 
@@ -119,10 +119,10 @@ def family_of(name: str) -> str:
     return name if found is None else found[0]
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `changes`, section by section."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.models.convnet import EXPANSION, ConvNet, ConvNetOptions, kept, plan_blocks
-from pipeline.models.hybrid import HybridEmbed, stem_stride
 from pipeline.models.options import Count
-
-__all__ = ["BatchNorm", "HybridEmbed", "ResNet", "ResNetOptions", "stem_stride"]
 
 
 class ResNetOptions(ConvNetOptions):

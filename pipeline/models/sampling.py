@@ -92,7 +92,8 @@ def _draw(logits: torch.Tensor, temperature: float, top_k: int | None, generator
     come back from the device for it."""
     logits = logits.float() / temperature
     if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        kept = logits.topk(top_k)  # by place: a colour as likely as the last of these is out
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept.indices, kept.values)
     noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 

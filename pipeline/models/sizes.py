@@ -23,17 +23,16 @@ VIT = {
 }
 # Letter -> width, depth, heads. The paper does not give XL's heads: 128 channels a head here.
 IGPT = {"s": (512, 24, 8), "m": (1024, 36, 8), "l": (1536, 48, 16), "xl": (3072, 60, 24)}
-# Vision tower -> embedding; width, depth and heads of the text tower. H, g and bigG: as open_clip trained them on LAION.
+# Vision tower -> embedding; width, depth and heads of the text tower. B and L are OpenAI's; H, g and bigG as open_clip trained them on
+# LAION; Ti and S are ours, with B's text tower.
 CLIP_TEXT = {
     "ti": (512, 512, 12, 8),
     "s": (512, 512, 12, 8),
     "b": (512, 512, 12, 8),
     "l": (768, 768, 12, 12),
     "h": (1024, 1024, 24, 16),
-    "so400m": (1024, 1024, 24, 16),
     "g": (1024, 1024, 24, 16),
     "bigg": (1280, 1280, 32, 20),
-    "e": (1280, 1280, 32, 20),
 }
 # Name -> pixels, depths of the stages, width, embedding; width and heads of the text tower, which has 12 layers.
 CLIP_RESNET = {
@@ -54,7 +53,7 @@ _PATTERNS = {
     "deit": re.compile(r"deit_(ti|s|b)(\d+)"),
     "mae": re.compile(rf"mae_({_SIZE})(\d+)"),
     "igpt": re.compile(r"igpt_(s|m|l|xl)"),
-    "clip": re.compile(rf"(clip|caption)_vit_({_SIZE})(\d+)(?:_(\d+))?"),
+    "clip": re.compile(rf"(clip|caption)_vit_({'|'.join(CLIP_TEXT)})(\d+)(?:_(\d+))?"),
     "clip-resnet": re.compile(r"(clip|caption)_(rn50|rn101|rn50x4|rn50x16|rn50x64)"),
     "bit": re.compile(r"bit_r(50|101|152)x(\d+)"),
     "resnet": re.compile(r"resnet(50|101|152)"),
@@ -63,7 +62,7 @@ _PATTERNS = {
 LISTED = [
     *("vit_ti16", "vit_s16", "vit_s32", "vit_b16", "vit_b32", "vit_l16", "vit_l32", "vit_h14"),
     *("vit_so400m14", "vit_g14", "vit_bigg14", "vit_e14"),
-    *("vit_r50_b16", "vit_r50_l32"),
+    *("vit_r50_b16", "vit_r50_b32", "vit_r50_l16", "vit_r50_l32"),
     *("deit_ti16", "deit_s16", "deit_b16"),
     *("mae_b16", "mae_l16", "mae_h14"),
     *("igpt_s", "igpt_m", "igpt_l", "igpt_xl"),
@@ -118,7 +117,7 @@ def _tower(family: str, options: dict[str, Any]) -> dict[str, Any]:
 def _clip_vit(size: str, patch: int, pixels: int) -> dict[str, Any]:
     embed, width, depth, heads = CLIP_TEXT[size]
     vision = {"kind": "vit", **_vit(size), "patch": patch}
-    if size in ("ti", "s", "b", "l"):  # OpenAI's; 64 channels a head
+    if size in ("ti", "s", "b", "l"):  # as OpenAI's: 64 channels a head
         vision["heads"] = vision["width"] // 64
         activation = "quick-gelu"
     else:

@@ -109,7 +109,9 @@ class VisionTransformer(Model):
     """`forward` gives logits; what else training needs of a ViT are its modes."""
 
     options: ViTOptions
-    unpenalised = frozenset({"cls_token", "dist_token", "mask_token", "pos_embed", "pos_embed_x", "pos_embed_y"})
+    unpenalised = frozenset(
+        {"cls_token", "dist_token", "mask_token", "pos_embed", "pos_embed_x", "pos_embed_y", "attn.relative.weight", "attn_pool.latent"}
+    )
     head_names = frozenset({"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"})
 
     def __init__(self, options: ViTOptions) -> None:

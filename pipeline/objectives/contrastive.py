@@ -62,7 +62,7 @@ class SigmoidContrastive(Objective):
 def _embed(
     model: nn.Module, images: torch.Tensor, batch: MicroBatch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """Image and text features (b, E), in fp32; the scale, the bias (0 where the model has none)."""
+    """Image and text features (b, E), the scale, the bias (0 where the model has none); the model gives fp32."""
     assert batch.tokens is not None, "an objective of captions is given tokens"
     image, text, scale, *bias = model(images, batch.tokens)
-    return image.float(), text.float(), scale.float(), bias[0].float() if bias else 0.0
+    return image, text, scale, bias[0] if bias else 0.0

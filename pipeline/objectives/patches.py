@@ -17,6 +17,7 @@ from pipeline.models.mae import targets
 from pipeline.models.options import Options
 from pipeline.objectives.objective import Facts, Metrics, Objective, unwrapped
 from pipeline.stream.batches import MicroBatch
+from pipeline.stream.decode import normalize
 
 KEEP, MASK = -1, -2  # how VisionTransformer.forward reads a corruption; a number from 0 names another patch
 
@@ -105,6 +106,7 @@ class MaskedAutoencoder(Objective):
         side = grid_side(model)
         noise = torch.rand(len(images), side * side, device=images.device)
         predicted, mask = model(images, noise)
-        wanted = targets(images.float(), images.shape[-1] // side, self.options.normalise)
+        exact = normalize(batch.images, self.inputs.mean, self.inputs.std)  # targets are not of pixels rounded to 16 bits
+        wanted = targets(exact, images.shape[-1] // side, self.options.normalise)
         error = (predicted.float() - wanted).square().mean(dim=2)  # (b, N)
         return (error * mask).sum() / mask.sum(), {}

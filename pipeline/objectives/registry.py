@@ -62,7 +62,8 @@ def model_options(
     try:
         return check_model(model, values, MODEL)
     except ConfigError as e:  # what follows from elsewhere is said there
-        raise ConfigError(str(e).replace(f"{MODEL}.pixels", "pretrain.image.pixels")) from None
+        said = str(e).replace(f"{MODEL}.vision.pixels", f"{MODEL}.pixels")
+        raise ConfigError(said.replace(f"{MODEL}.pixels", "pretrain.image.pixels")) from None
 
 
 def check_mixing(objective: str, image: Image) -> None:

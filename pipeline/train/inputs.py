@@ -6,7 +6,7 @@ and are in each checkpoint's card.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,14 @@ from pipeline.checkpoint.model import find_start_card, open_model
 from pipeline.config import Config
 from pipeline.config.schema import Palette as PaletteSection
 from pipeline.config.schema import Pretrain, Text
-from pipeline.core.errors import CheckpointError, ConfigError, TesseraError
+from pipeline.core.errors import CheckpointError, ConfigError, DataError, TesseraError, UserError
 from pipeline.core.progress import Progress, say
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
+from pipeline.models import Model
+from pipeline.models.registry import family_of
 from pipeline.objectives import OBJECTIVES, Facts, Inputs, Teacher, check_objective
+from pipeline.objectives.classify import CLASSIFIERS
 from pipeline.objectives.distil import DistilOptions
 from pipeline.objectives.objective import Need
 from pipeline.stream import Collection
@@ -32,6 +35,7 @@ PALETTE, TOKENIZER = "palette.npy", "tokenizer.json"
 THREE_BIT = "three-bit"
 TEACHER = "pretrain.objective.teacher"
 _IMAGES, _CAPTIONS = 10_000, 200_000  # to learn from, at most
+_LOOKS = 16  # samples that are looked at for a caption, spread evenly
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def named_inputs(p: Pretrain, endpoint: str | None, own: Storage) -> Prepared:
     None for what is to be learned.
 
     Raises:
-        DataError: a file that is named cannot be read. CheckpointError: the run to start from cannot.
+        DataError: a file that is named cannot be read. CheckpointError: the run to start from cannot. ConfigError: nothing is named,
+            and what it starts from comes without; numbers of other colours or words would mean nothing to it.
     """
     wanted, palette, tokenizer = needs(p), None, None
     kept = {name for name in (PALETTE, TOKENIZER) if wanted & {"palette", "captions"} and own.exists(name)}
@@ -80,16 +85,20 @@ def named_inputs(p: Pretrain, endpoint: str | None, own: Storage) -> Prepared:
             palette = Palette.three_bit()
         elif section.url:
             palette = Palette.load(section.url, section.sha256, endpoint)
-        elif card:
-            palette = card.open_palette()
+        elif p.start:
+            palette = card.open_palette() if card else None
+            if palette is None:
+                raise ConfigError(f"pretrain.palette.url: is missing; {p.start.from_} comes without the colours that it was trained with")
     if "captions" in wanted:
         text = p.text or Text()
         if TOKENIZER in kept:
             tokenizer = Tokenizer.load(f"{own.url}/{TOKENIZER}", endpoint=endpoint)
         elif text.tokenizer:
             tokenizer = Tokenizer.load(text.tokenizer, text.sha256, endpoint)
-        elif card:
-            tokenizer = card.open_tokenizer()
+        elif p.start:
+            tokenizer = card.open_tokenizer() if card else None
+            if tokenizer is None:
+                raise ConfigError(f"pretrain.text.tokenizer: is missing; {p.start.from_} comes without the tokens that it was trained with")
     return Prepared(palette, tokenizer, (p.text or Text()).length)
 
 
@@ -125,7 +134,7 @@ def _keep_inputs(run: Run, p: Pretrain, data: Collection) -> None:
         run.directory.write(TOKENIZER, tokenizer.to_json().encode())
 
 
-def open_inputs(config: Config, prepared: Prepared, classes: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+def open_inputs(config: Config, prepared: Prepared, classes: Sequence[str], dtype: torch.dtype, device: torch.device) -> Inputs:
     """What the objective is built with.
 
     Raises:
@@ -140,14 +149,13 @@ def open_inputs(config: Config, prepared: Prepared, classes: int, dtype: torch.d
     return Inputs(p.image.mean, p.image.std, dtype, prepared.palette, teacher)
 
 
-def check_teacher(p: Pretrain, classes: int | None, endpoint: str | None) -> None:
+def check_teacher(p: Pretrain, classes: Sequence[str] | None, endpoint: str | None) -> None:
     """Preflight: raise what is wrong with the teacher that the objective names, if it has one. Of a run the card alone is read."""
     if "teacher" not in needs(p):
         return
     url = _teacher_url(p)
     card = find_start_card(url, endpoint, TEACHER) or open_model(url, endpoint, TEACHER)[0]
-    if classes is not None:
-        _check_classes(card, url, classes)
+    _check_teaches(card, url, p.image.pixels, classes)
 
 
 def _teacher_url(p: Pretrain) -> str:
@@ -156,16 +164,34 @@ def _teacher_url(p: Pretrain) -> str:
     return options.teacher
 
 
-def _check_classes(card: ModelCard, url: str, classes: int) -> None:
-    given = card.options.get("classes", 0)
-    if given != classes:
-        raise ConfigError(f"{TEACHER}: {url} tells {given} classes apart, and the data has {classes}; it must be a classifier of the same")
+def _check_teaches(card: ModelCard, url: str, pixels: int, classes: Sequence[str] | None) -> Model:
+    """The teacher without numbers, at the student's resolution; `classes` are the data's where they are known.
+
+    Raises:
+        ConfigError: it is no classifier, or one of other classes; or its patches do not divide the resolution.
+    """
+    if family_of(card.model) not in CLASSIFIERS or card.objective == "bag-of-words" or not card.options.get("classes"):
+        raise ConfigError(
+            f"{TEACHER}: {url} is no classifier of images, but {card.model} (allowed: models of {', '.join(sorted(CLASSIFIERS))})"
+        )
+    if classes is not None:
+        if card.options["classes"] != len(classes):
+            raise ConfigError(
+                f"{TEACHER}: {url} tells {card.options['classes']} classes apart, and the data has {len(classes)}; "
+                "it must be a classifier of the same"
+            )
+        if card.dataset and card.classes != list(classes):
+            raise ConfigError(f"{TEACHER}: {url} was trained on other classes than the data has, or in another order")
+    try:
+        return card.make(pixels=pixels, device="meta")
+    except ConfigError as e:
+        raise ConfigError(f"{TEACHER}: {url} cannot see images of pretrain.image.pixels {pixels} ({e})") from e
 
 
-def open_teacher(url: str, pixels: int, classes: int, endpoint: str | None) -> Teacher:
+def open_teacher(url: str, pixels: int, classes: Sequence[str], endpoint: str | None) -> Teacher:
     """The classifier at `url`, a run or a published model, at the student's resolution."""
     card, weights = open_model(url, endpoint, TEACHER)
-    _check_classes(card, url, classes)
+    _check_teaches(card, url, pixels, classes)
     model = card.make(pixels=pixels)
     try:
         model.load_state_dict(model.adapt(weights))
@@ -174,11 +200,25 @@ def open_teacher(url: str, pixels: int, classes: int, endpoint: str | None) -> T
     return Teacher(model.eval().requires_grad_(False), card.mean, card.std)
 
 
+def check_captions(p: Pretrain, data: Collection) -> None:
+    """Raises ConfigError where the objective needs captions, and none of some samples of a dataset has one."""
+    if "captions" not in needs(p):
+        return
+    for dataset in data.datasets:
+        numbers = np.unique(np.linspace(0, len(dataset) - 1, _LOOKS).astype(int))
+        if not any(dataset[int(n)].text.strip() for n in numbers):
+            few = f"none of {len(numbers)} samples of {dataset.directory.url} has one"
+            raise ConfigError(f"pretrain.objective: {p.objective.name!r} needs captions, and {few}")
+
+
 def learn_palette(data: Collection, pixels: int, colors: int) -> Palette:
     """From views of `pixels` a side, as many of each dataset."""
     share = max(1, _IMAGES // len(data.datasets))
     say(f"pretrain     learning a palette of {colors} colours")
-    return Palette.train((views(dataset, pixels, share).numpy() for dataset in data.datasets), colors)
+    try:
+        return Palette.train((views(dataset, pixels, share).numpy() for dataset in data.datasets), colors)
+    except DataError as e:
+        raise DataError(f"pretrain.palette.{e}" if str(e).startswith("colors:") else str(e)) from e
 
 
 def learn_tokenizer(data: Collection, size: int) -> Tokenizer:
@@ -194,4 +234,7 @@ def learn_tokenizer(data: Collection, size: int) -> Tokenizer:
                     progress.update()
 
     say("pretrain     learning a tokenizer")
-    return Tokenizer.train(captions(), size)
+    try:
+        return Tokenizer.train(captions(), size)
+    except UserError as e:
+        raise DataError(f"pretrain.text: no tokenizer can be learned from {data.datasets[0].directory.url} ({e})") from e

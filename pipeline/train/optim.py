@@ -34,7 +34,7 @@ def decay_groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (keep if parameter.ndim <= 1 or name in model.unpenalised else decay).append(parameter)
+        (keep if parameter.ndim <= 1 or name.endswith(tuple(model.unpenalised)) else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 

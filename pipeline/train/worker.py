@@ -8,7 +8,9 @@ checkpoint, train to the end, saving on the way.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import sys
 import time
 from collections import Counter
@@ -32,11 +34,13 @@ from pipeline.models.options import Options
 from pipeline.objectives import Facts, build_objective, model_options
 from pipeline.plan import Plan, make_plan
 from pipeline.stream import Collection, Stream, open_collection, open_dataset, open_stream
-from pipeline.train.inputs import Prepared, needs, open_inputs, prepare_inputs
+from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, prepare_inputs
 from pipeline.train.loop import Row, train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.saving import restore, restore_from, save
 from pipeline.train.zero import Engine, check_precision, join_group
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, float]:
@@ -53,6 +57,7 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     endpoint = config.storage.endpoint
     data = open_collection(run.data, p.split, endpoint, block=p.loader.block, cache=p.loader.cache)
     held_out = open_dataset(run.dataset_url, p.validation.split, endpoint, cache=p.loader.cache) if p.validation else None
+    check_captions(p, data)
     prepared = prepare_inputs(run, data, world)
     facts = _facts(run, data, prepared)
     plan = make_plan(config, data.samples, facts, world.size)
@@ -89,7 +94,7 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
         prepared.palette.colors.tolist() if prepared.palette else None,
         prepared.tokenizer.to_json() if prepared.tokenizer else None,
     )
-    inputs = open_inputs(config, prepared, len(data.classes), engine.dtype, world.device)
+    inputs = open_inputs(config, prepared, data.classes, engine.dtype, world.device)
     objective = build_objective(p.objective.name, p.objective.arguments, inputs)
     hooks = Recorder(run, card, stream, engine, checkpoints, plan, state.history if state else [], world, tracker, first)
     hooks.seconds["start-up"] = time.perf_counter() - began
@@ -202,9 +207,19 @@ def stage_tracker(run: Run) -> Tracker:
 
 
 def use_cores(processes: int) -> None:
-    """Share this machine's cores among its training processes, instead of each taking all."""
+    """On a machine without a GPU: share its cores among the training processes, instead of each taking all, and keep their memory."""
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, processes)))
+        keep_memory()
+
+
+def keep_memory() -> None:
+    """Have glibc keep what one step frees for the next. Else it gives it back to the kernel, and faults it in again page by page:
+    16,000 to 200,000 faults a step of ViT-S/16 at a batch of 16, against less than 4,000."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most there is
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @click.command()

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from pipeline.models import create
 from pipeline.models.sampling import next_logits, sample
+from pipeline.train.worker import keep_memory
 from tests.bench.pairs import machine, median, race
 
 Loss = Callable[[torch.nn.Module, torch.device], torch.Tensor]
@@ -83,6 +84,7 @@ SAMPLING_GOAL = 20.0
 def time_step(what: Step, steps: int, bf16: bool, compiled: bool) -> dict[str, float]:
     """As the peers' scripts time theirs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_memory()  # as our worker does
     model: torch.nn.Module = create(what.model, **what.options).to(device).train()
     if compiled:
         model = torch.compile(model)  # type: ignore[assignment]
@@ -141,7 +143,8 @@ def child(*what: str) -> list[str]:
 def run_child(kind: str, *arguments: str) -> dict[str, float]:
     if kind == "sampling":
         return time_sampling(recompute=arguments[0] == "recompute", batch=int(arguments[1]))
-    return time_step(STEPS[kind], int(arguments[0]), "bf16" in arguments, "compile" in arguments)
+    row = STEPS[kind]._replace(batch=int(arguments[1]))
+    return time_step(row, int(arguments[0]), "bf16" in arguments, "compile" in arguments)
 
 
 # The races
@@ -171,7 +174,7 @@ def report(label: str, other: str, found: dict[str, list[float]], goal: float) -
 @click.option("--python", default=sys.executable, help="a Python with the peers' packages")
 @click.option("--pairs", default=20, show_default=True)
 @click.option("--steps", default=6, show_default=True, help="that are timed in each process")
-@click.option("--batch", default=1, show_default=True, help="images sampled at once")
+@click.option("--batch", type=int, help="samples a step, both sides; by default the peer's own, and one image sampled at once")
 @click.option("--bf16", is_flag=True, help="autocast, both sides")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile, both sides")
 @click.option("--child", "what", hidden=True)
@@ -181,7 +184,7 @@ def main(
     python: str,
     pairs: int,
     steps: int,
-    batch: int,
+    batch: int | None,
     bf16: bool,
     compiled: bool,
     what: str | None,
@@ -199,14 +202,16 @@ def main(
     flags = ["--bf16"] * bf16 + ["--compile"] * compiled
     for name in names:
         if name == "sampling":
-            found = race(child(name, "cached", str(batch)), {"recomputing": child(name, "recompute", str(batch))}, pairs, "samples_per_s")
-            report(f"sampling, igpt_s, batch {batch}: cached", "recomputing", found, SAMPLING_GOAL)
+            at_once = str(batch or 1)
+            found = race(child(name, "cached", at_once), {"recomputing": child(name, "recompute", at_once)}, pairs, "samples_per_s")
+            report(f"sampling, igpt_s, batch {at_once}: cached", "recomputing", found, SAMPLING_GOAL)
             continue
         row = STEPS[name]
         assert peers is not None
-        ours = child(name, str(steps), *(flag.lstrip("-") for flag in flags))
-        theirs = [python, str(peers / row.script), "--model", row.theirs, "--batch", str(row.batch), "--steps", str(steps), *flags]
-        report(f"step, {row.model}, batch {row.batch}", row.script, race(ours, {row.script: theirs}, pairs, "samples_per_s"), row.goal)
+        size = str(batch or row.batch)
+        ours = child(name, str(steps), size, *(flag.lstrip("-") for flag in flags))
+        theirs = [python, str(peers / row.script), "--model", row.theirs, "--batch", size, "--steps", str(steps), *flags]
+        report(f"step, {row.model}, batch {size}", row.script, race(ours, {row.script: theirs}, pairs, "samples_per_s"), row.goal)
 
 
 if __name__ == "__main__":

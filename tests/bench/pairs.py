@@ -32,7 +32,7 @@ def race(
     for n in range(pairs):
         for who, command in {"ours": ours, **others}.items():
             found[who].append(figure(command, name))
-            print(f"  pair {n + 1}: {who} {found[who][-1]:,.0f} {name}", file=sys.stderr, flush=True)
+            print(f"  pair {n + 1}: {who} {found[who][-1]:,.4g} {name}", file=sys.stderr, flush=True)
     return found
 
 

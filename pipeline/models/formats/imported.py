@@ -13,7 +13,7 @@ from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.models.formats.keys import SAME_NAMES, Rule, Tensors, read_state
 from pipeline.models.model import Model
 from pipeline.models.positions import sincos_2d
-from pipeline.models.registry import build, check_model
+from pipeline.models.registry import build, check_model, merge
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # [-1, 1], as Google's models see images
@@ -55,7 +55,7 @@ class Imported:
             CheckpointError: the weights do not fit a model of these options.
         """
         changes = {key: value for key, value in {"pixels": pixels, "classes": classes, **options}.items() if value is not None}
-        checked = check_model(self.name, _merged(self.options, changes), f"{self.url}: options")
+        checked = check_model(self.name, merge(self.options, changes), f"{self.url}: options")
         # Without spending time on numbers that are thrown away; if some are not replaced, as those of a new head, in earnest.
         for device in ("meta", "cpu"):
             model = build(self.name, checked, seed=0, device=device)
@@ -99,7 +99,7 @@ def finish(plan: Plan, note: Any, given: Mapping[str, Any], url: str) -> Importe
     kept = note.get("options", {}) if isinstance(note, dict) and note.get("family") == plan.family else {}
     options = _firm({**plan.assumed, **kept}, plan.options)
     try:
-        checked = check_model(plan.family, _merged(options, given), f"{url}: options")
+        checked = check_model(plan.family, merge(options, given), f"{url}: options")
     except ConfigError as e:
         raise e if given else CheckpointError(str(e)) from None
     model = build(plan.family, checked, device="meta")
@@ -170,11 +170,3 @@ def _resolved(options: Mapping[str, Any], key: str) -> Any:
             case "class_token":
                 return options.get("pool", "token") == "token"
     return list(value) if isinstance(value, tuple) else value
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged

@@ -11,10 +11,11 @@ from pipeline.models.bit import BiTOptions
 from pipeline.models.formats.exported import Exported, Seen, encoder, family, note, refuse, require, vit_state
 from pipeline.models.formats.files import HF_CONFIG, SAFETENSORS
 from pipeline.models.formats.keys import SAME_NAMES, write_state
+from pipeline.models.hybrid import stem_stride
 from pipeline.models.mae import MAEOptions
 from pipeline.models.model import Model
 from pipeline.models.options import Options
-from pipeline.models.resnet import ResNetOptions, stem_stride
+from pipeline.models.resnet import ResNetOptions
 from pipeline.models.sizes import HYBRID, RESNET
 from pipeline.models.vit import ViTOptions
 

@@ -29,6 +29,8 @@ TEXT = {"kind": "transformer", "width": 16, "depth": 1, "heads": 2}
 PALETTE = Palette.three_bit().colors.tolist()
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "vit": ("vit", {**VIT, "classes": 3}, "classify"),
+    "two-layer head": ("vit", {**VIT, "classes": 3, "representation": 24}, "classify"),
+    "relative": ("vit", {**VIT, "classes": 3, "positions": "relative"}, "classify"),
     "distilled": ("vit", {**VIT, "classes": 3, "distilled": True}, "distil"),
     "masked patches": ("vit", {**VIT, "classes": 0, "masked": True}, "masked-patches"),
     "mae": ("mae", {**VIT, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}, "mae"),
@@ -73,8 +75,9 @@ def test_fine_tuning_starts_at_a_head_of_zeros_and_trains(name: str, task: Task)
     if card.model != "igpt":  # whose head is of colours, and stays
         state |= {name: torch.randn_like(tensor) for name, tensor in state.items() if name.startswith(("head.", "head_dist.", "fc."))}
     pixels = fine_tune_pixels(FineTune(), Kind.of(card))
-    assert pixels == (8 if card.model == "igpt" else 16)
+    assert pixels == (8 if card.model == "igpt" or name == "relative" else 16)
     model = prepare(card, state, pixels, 3)
+    assert card.model == "igpt" or getattr(model.options, "representation", None) is None, "one linear layer"
     images = torch.randint(0, 512, (2, pixels**2)) if card.model == "igpt" else torch.randn(2, 3, pixels, pixels)
     assert logits_of(model.eval())(images).abs().max() == 0
     image = Image(pixels=pixels, crop="none", flip=False, enlarge=True)
@@ -94,7 +97,14 @@ def test_convolutions_have_heads_too(name: str, task: Task) -> None:
 
 
 def test_who_has_a_head_of_the_classes() -> None:
-    assert [name for name in FAMILIES if has_head(card_of(*FAMILIES[name]))] == ["vit", "distilled", "bit", "resnet"]
+    assert [name for name in FAMILIES if has_head(card_of(*FAMILIES[name]))] == [
+        "vit",
+        "two-layer head",
+        "relative",
+        "distilled",
+        "bit",
+        "resnet",
+    ]
     words = card_of("vit", {**VIT, "classes": 3}, "bag-of-words")
     assert not has_head(words), "its logits are of words"
     tuned = card_of("igpt", {"width": 16, "depth": 1, "heads": 2, "colors": 512, "classes": 3}, "pixels-and-classes")

@@ -12,7 +12,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.models import check_model, create
 from pipeline.models.mae import MAE, targets
 from pipeline.models.patches import patchify
-from tests.unit.models.peers import error, images, in_transformers, largest_error, randomise
+from tests.unit.models.peers import BF16, error, images, in_transformers, largest_error, misfit, randomise
 from tests.unit.models.residual import saved_numbers
 
 TINY = {"width": 24, "depth": 2, "heads": 3, "mlp": 36, "patch": 4, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -142,7 +142,7 @@ def test_gradients_reach_every_parameter() -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_precision_and_compile() -> None:
+def test_fp32_and_compiled() -> None:
     exact = randomise(tiny(depth=1))
     x, draw = images(2, 12), noise(2, 9)
     expected = exact(x, draw)[0]
@@ -151,10 +151,15 @@ def test_precision_and_compile() -> None:
     assert error(single(x.float(), draw)[0].double(), expected) < 1e-5
     with torch.no_grad():
         assert error(torch.compile(single, fullgraph=True)(x.float(), draw)[0].double(), expected) < 1e-5
+
+
+def test_bf16_is_within_its_rounding() -> None:
+    """Of weights and images that bf16 holds exactly."""
+    model, x, draw = randomise(tiny()).bfloat16(), images(4, 12).bfloat16(), noise(4, 9)
+    half, expected = model(x, draw)[0], model.double()(x.double(), draw)[0]
+    assert half.dtype == torch.bfloat16 and misfit(half, expected) < BF16
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(single(x.float(), draw)[0].double(), expected) < 0.03
-    half = single.bfloat16()
-    assert half(x.bfloat16(), draw)[0].dtype == torch.bfloat16 and error(half(x.bfloat16(), draw)[0].double(), expected) < 0.05
+        assert misfit(model.float()(x.float(), draw)[0], expected) < BF16
 
 
 def test_activations() -> None:
@@ -170,6 +175,7 @@ def test_activations() -> None:
         ({"decoder_heads": 3}, r"model.decoder_width: 16 is not a multiple of decoder_heads \(3\)"),
         ({"width": 6}, "model.width: 6 is not a multiple of 4"),
         ({"mask": 0.95}, "model.mask: 0.95 of 9 patches leaves none to see"),
+        ({"mask": 0.0}, "model.mask: 0.0 of 9 patches hides none"),
         ({"mask": 1.0}, "model.mask: 1.0 should be less than 1"),
     ],
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from pipeline.core.errors import ConfigError
 from pipeline.models import build, check_model, create, model_names
@@ -24,6 +27,21 @@ def test_every_listed_model_can_be_made(name: str) -> None:
     model = create(name, device="meta")
     assert all(p.is_meta for p in model.parameters()) and model.parameter_count > 5e6
     assert model.options == check_model(name, {})
+
+
+def test_models_of_the_configs_are_listed() -> None:
+    """A config that names none has that of the one it extends."""
+    configs = [yaml.safe_load(path.read_text()) for path in (Path(__file__).parents[3] / "configs/pretrain").glob("*.yaml")]
+    models = [config["pretrain"].get("model", {}) for config in configs]
+    names = {model if isinstance(model, str) else model.get("name", "vit") for model in models}
+    assert {"vit_r50_l16", "vit_r50_b32", "clip_vit_b32"} <= names <= {*LISTED, *FAMILIES}
+
+
+@pytest.mark.parametrize("name", ["clip_vit_so400m14", "caption_vit_e14"])
+def test_text_towers_are_not_made_up(name: str) -> None:
+    assert create("clip_vit_ti16", device="meta").options.text.width == 512  # ours
+    with pytest.raises(ConfigError, match=f"'{name}' is not known"):
+        check_model(name, {})
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_r50_b16", "deit_s16", "mae_b16"])

@@ -74,6 +74,14 @@ def test_the_likeliest() -> None:
     assert torch.equal(tokens, sample(model, 2, temperature=1e-6, seed=9))
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_no_more_colors_than_asked_for_where_all_are_as_likely(top_k: int) -> None:
+    """As with a new model, whose head is zero."""
+    model = create("igpt", seed=0, **TINY)
+    assert isinstance(model, IGPT) and not model.head.weight.any()
+    assert len(sample(model, 50, top_k=top_k).unique()) == top_k
+
+
 def test_completes_the_lower_half() -> None:
     model, told = tiny(), []
     images = torch.randint(6, (4, 16), generator=torch.Generator().manual_seed(5))
@@ -118,5 +126,9 @@ def test_a_grid_shows_every_picture(height: int, width: int, times: int) -> None
         top, left = n // 3 * down + 2, n % 3 * right + 2
         assert np.array_equal(sheet[top : top + height * times : times, left : left + width * times : times], picture)
         assert np.array_equal(sheet[top + times - 1 : top + height * times : times, left : left + width * times : times], picture)
-    assert (sheet[:2] == BORDER_COLOR).all() and (sheet[:, right : right + 2] == BORDER_COLOR).all() and (sheet[down + 2 :, 2 * right + 2 :] == BORDER_COLOR).all()
+    assert (
+        (sheet[:2] == BORDER_COLOR).all()
+        and (sheet[:, right : right + 2] == BORDER_COLOR).all()
+        and (sheet[down + 2 :, 2 * right + 2 :] == BORDER_COLOR).all()
+    )
     assert Image.open(io.BytesIO(grid(torch.from_numpy(pictures[:1]), 3))).size == (right + 2, down + 2)

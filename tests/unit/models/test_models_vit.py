@@ -14,7 +14,7 @@ from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, PreT
 from pipeline.models import create, flops
 from pipeline.models.sizes import VIT
 from pipeline.models.vit import VisionTransformer
-from tests.unit.models.peers import error, images, in_transformers, largest_error, randomise
+from tests.unit.models.peers import BF16, error, images, in_transformers, largest_error, misfit, randomise
 from tests.unit.models.residual import saved_numbers
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "patch": 4}
@@ -192,17 +192,16 @@ def test_activations(options: dict[str, object]) -> None:
 # --- precision ---
 
 
-def test_bf16() -> None:
-    """Within bf16's rounding, 2^-8 a step, of fp64."""
-    exact = randomise(tiny())
-    expected = exact(images())
-    single = tiny()
-    single.load_state_dict(exact.state_dict())
-    assert error(single(small()).double(), expected) < 1e-5
+@pytest.mark.parametrize("options", [{}, {"pool": "map"}, {"positions": "relative"}, {"distilled": True}])
+def test_bf16_is_within_its_rounding(options: dict[str, object]) -> None:
+    """Of weights and images that bf16 holds exactly, so that its arithmetic alone is measured."""
+    model, x = randomise(tiny(**options)).bfloat16(), images(8).bfloat16()
+    half, expected = model(x), model.double()(x.double())
+    assert half.dtype == torch.bfloat16 and misfit(half, expected) < BF16
+    single = model.float()(x.float())
+    assert misfit(single, expected) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
-        assert error(single(small()).double(), expected) < 0.03
-    half = single.bfloat16()(small().bfloat16())
-    assert half.dtype == torch.bfloat16 and error(half.double(), expected) < 0.05
+        assert misfit(single, expected) < misfit(model(x.float()), expected) < BF16
 
 
 def test_compiled_and_eager_agree() -> None:

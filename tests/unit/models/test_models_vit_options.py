@@ -236,7 +236,7 @@ def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
     model = randomise(tiny(**options))
     F.cross_entropy(model(images(3, model.options.pixels)), torch.tensor([0, 1, 2])).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    penalised = {n for n, p in model.named_parameters() if p.ndim > 1 and n not in model.unpenalised}
+    penalised = {n for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(tuple(model.unpenalised))}
     assert not [n for n in penalised if "token" in n or "pos_embed" in n]
 
 
@@ -263,6 +263,8 @@ def test_gradients_reach_every_parameter(options: dict[str, object]) -> None:
         ({"stem": (3, 4, 9)}, "patch: 4 is not a multiple of the stem's stride, 16 pixels"),
         ({"dropout": 1.0}, "dropout: 1.0 should be less than 1"),
         ({"depth": 0}, "depth: 0 should be greater than 0"),
+        ({"stem": 3}, "stem: 3 should be a list$"),
+        ({"stem": []}, "stem: should have at least 1 item$"),
         ({"depth": "two"}, "depth: 'two' should be a valid integer"),
         ({"pool": "max"}, "pool: 'max' "),
         ({"resize": "nearest"}, "resize: 'nearest' "),

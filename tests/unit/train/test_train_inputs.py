@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.checkpoint import Checkpoints, Commit, ModelCard, Run, claim_run
 from pipeline.checkpoint.model import write_model
@@ -15,9 +18,15 @@ from pipeline.config import Config, parse_config
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
+from pipeline.models import create, formats
 from pipeline.objectives import Facts
+from pipeline.shards.images import Checked
+from pipeline.shards.layout import sample_key
+from pipeline.shards.manifest import Manifest, publish
+from pipeline.shards.samples import Sample
+from pipeline.shards.writer import write_shard
 from pipeline.stages import check_config, check_resources, plan_config
-from pipeline.stream import Collection
+from pipeline.stream import Collection, Dataset, open_dataset
 from pipeline.stream.collection import open_collection
 from pipeline.stream.palette import Palette
 from pipeline.stream.text import Tokenizer
@@ -57,6 +66,22 @@ class Home:
         receipts = [checkpoints.upload(1, "only", file.name, file) for file in made.iterdir()]
         checkpoints.commit(Commit(1, 4, "only", 1, 0, "none", receipts))
         return directory.url
+
+
+def make_bare_dataset(directory: Storage) -> Dataset:
+    """Three images of 8 x 8 pixels with labels, and no captions."""
+    samples = []
+    for n in range(3):
+        Image.fromarray(np.full((8, 8, 3), 80 * n, np.uint8)).save(png := io.BytesIO(), "PNG")
+        samples.append(Sample(sample_key(str(n)), Checked(png.getvalue(), "png", 8, 8), n, b"", b"{}"))
+    shard = write_shard(directory, "train-00000.tar", "train", samples)
+    assert shard is not None
+    manifest = Manifest(
+        hash="none", config="none", source="made", classes=["0", "1", "2"], splits={"train": 3}, bytes=shard.record.bytes, read=3,
+        written=3, ignored=0, dropped={}, dropped_samples=[], smallest=(8, 8),
+    )  # fmt: skip
+    publish(directory, [shard.record], manifest)
+    return open_dataset(directory.url)
 
 
 @pytest.fixture
@@ -160,7 +185,7 @@ def test_a_teacher(home: Home) -> None:
     """A run of another model and resolution, normalised its own way."""
     url = home.trained("teacher", card("vit", {**SIZE, "width": 8, "patch": 2, "pixels": 4, "classes": 3}))
     run = home.run("a", distil(url))
-    inputs = open_inputs(run.config, prepare_inputs(run, NONE, World()), 3, torch.bfloat16, torch.device("cpu"))
+    inputs = open_inputs(run.config, prepare_inputs(run, NONE, World()), ["0", "1", "2"], torch.bfloat16, torch.device("cpu"))
     teacher = inputs.teacher
     assert teacher is not None and (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and inputs.mean == (0.5, 0.5, 0.5)
     assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())
@@ -170,7 +195,8 @@ def test_a_teacher(home: Home) -> None:
 def test_a_teacher_that_cannot_teach(home: Home) -> None:
     def open_teacher(url: str, classes: int = 3) -> None:
         config = home.config("a", distil(url))
-        open_inputs(config, prepare_inputs(claim_run(config, fresh=True), NONE, World()), classes, torch.float32, torch.device("cpu"))
+        names = [str(n) for n in range(classes)]
+        open_inputs(config, prepare_inputs(claim_run(config, fresh=True), NONE, World()), names, torch.float32, torch.device("cpu"))
 
     options = {**SIZE, "patch": 4, "pixels": 8}
     url = home.trained("four", card("vit", {**options, "classes": 4}, classes=4))
@@ -179,6 +205,47 @@ def test_a_teacher_that_cannot_teach(home: Home) -> None:
     with pytest.raises(CheckpointError, match=r"^pretrain.objective.teacher: "):
         open_teacher(str(home.root / "nowhere"))
     open_teacher(url, classes=4)
+    odd = replace(card("vit", {**options, "classes": 3}), classes=["2", "1", "0"])
+    with pytest.raises(ConfigError, match="was trained on other classes than the data has, or in another order"):
+        open_teacher(home.trained("odd", odd))
+    pixels = card("igpt", {**SIZE, "pixels": 8, "colors": 512, "classes": 3}, objective="pixels-and-classes")
+    words = card("vit", {**options, "classes": 3}, objective="bag-of-words")
+    coarse = card("vit", {**SIZE, "patch": 3, "pixels": 9, "classes": 3})
+    for name, teacher, said in (
+        ("pixels", pixels, "is no classifier of images, but igpt"),
+        ("words", words, "is no classifier of images, but vit"),
+        ("coarse", coarse, "cannot see images of pretrain.image.pixels 8 .*not a multiple of the patch"),
+    ):
+        url = home.trained(name, teacher)
+        with pytest.raises(ConfigError, match=said):
+            check_resources(home.config("b", distil(url)), write=False)
+        with pytest.raises(ConfigError, match=said):
+            open_teacher(url)
+
+
+@pytest.mark.parametrize(("pretrain", "model", "missing"), [
+    (PIXELS, {"name": "igpt", **SIZE}, "pretrain.palette.url"), (PAIRS, PAIRS["model"], "pretrain.text.tokenizer")
+])  # fmt: skip
+def test_weights_without_their_palette_or_tokenizer(home: Home, pretrain: dict[str, Any], model: dict[str, Any], missing: str) -> None:
+    """To learn one from the data would number colours or words otherwise than the weights know them."""
+    name = model["name"]
+    given = {"pixels": 8, "colors": 512} if name == "igpt" else {"pixels": 8, "vocabulary": 520, "context": 9}
+    export = str(home.root / "published")
+    formats.export(create(name, seed=0, **{k: v for k, v in model.items() if k != "name"}, **given), export, "hf")
+    section = {**pretrain, "start": export, "text": {"length": 9}}
+    with pytest.raises(ConfigError, match=rf"^{missing}: is missing; {export} comes without"):
+        check_resources(home.config("a", section), write=False)
+    if name == "igpt":
+        check_resources(home.config("a", {**section, "palette": "three-bit"}), write=False)
+
+
+def test_data_without_captions(home: Home) -> None:
+    bare = Storage(str(home.root / "bare"))
+    make = make_bare_dataset(bare)
+    assert not any(make[n].text for n in range(len(make)))
+    with pytest.raises(ConfigError, match=r"^pretrain.objective: 'contrastive' needs captions, and none of 3 samples of .*bare has one$"):
+        check_resources(home.config("a", PAIRS, data=bare.url), write=False)
+    check_resources(home.config("a", PIXELS, data=bare.url), write=False)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,24 @@ def test_what_decays() -> None:
     assert len(decay["params"]) + len(keep["params"]) == len(names)
 
 
+def test_what_does_not_decay_of_other_models() -> None:
+    """Positions of every kind, tokens and probes, wherever they are in the model."""
+    tower = {"kind": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4}
+    text = {"kind": "transformer", "width": 16, "depth": 1, "heads": 2}
+    relative = {"positions": "relative", "pool": "map"}
+    for model, kept in (
+        (create("vit", width=16, depth=1, heads=2, patch=4, pixels=8, **relative), {"blocks.0.attn.relative.weight", "attn_pool.latent"}),
+        (create("vit", width=16, depth=1, heads=2, patch=4, pixels=8, positions="learned-2d"), {"cls_token", "pos_embed_x", "pos_embed_y"}),
+        (create("clip", embed=8, vision={**tower, **relative}, text=text, pixels=8), {"visual.attn_pool.latent"}),
+        (create("igpt", width=16, depth=1, heads=2, pixels=4), {"wte.weight", "wpe.weight"}),
+    ):
+        names = {id(p): n for n, p in model.named_parameters() if p.ndim > 1}
+        left = {names[id(p)] for p in decay_groups(model, 0.3)[1]["params"] if id(p) in names}
+        assert kept <= left
+        decayed = {names[id(p)] for p in decay_groups(model, 0.3)[0]["params"]}
+        assert all(n.endswith((".weight", "pos_embed")) for n in decayed), "CLIP decays its positions, as its paper says"
+
+
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_optimizers(name: str) -> None:
     config = Optimizer(name=name, lr=0.1, betas=(0.8, 0.95), eps=1e-5, momentum=0.7, weight_decay=0.2)

@@ -63,7 +63,7 @@ class Workshop:
             env=env,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-5000:]
         return done.stderr
