@@ -33,7 +33,8 @@ quickstart: digits
 	$(BIN)/python launch/submit.py configs/quickstart.yaml configs/quickstart-igpt.yaml configs/quickstart-clip.yaml
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: venv
 	$(BIN)/ruff check

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import click
 import yaml
+from tenacity import Retrying, retry_if_exception_message, stop_after_delay, wait_fixed
 
 import pipeline
 from pipeline.checkpoint.run import run_directory
@@ -27,6 +28,7 @@ from pipeline.core.errors import ClusterUnreachable, ConfigError, CredentialsErr
 
 _CONNECT = 10  # seconds until an address counts as unreachable
 _LOST_AFTER = 120  # seconds without an answer until a job that is followed counts as out of reach
+_READY_WITHIN = 60  # seconds that a cluster which answers may take until it takes jobs
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -87,10 +89,19 @@ class RayCluster:
         with tempfile.TemporaryDirectory(prefix="tessera-job-") as folder:
             files = package(configs, Path(folder))
             words = [config.cluster.python, "-m", "pipeline", *files, "--command", command, *(["--fresh"] if fresh else [])]
-            return self.client.submit_job(
+            environment = _job_environment(config)
+            # A head that has just started answers before it can take jobs.
+            retry = Retrying(
+                retry=retry_if_exception_message(match=r".*No available agent"),
+                stop=stop_after_delay(_READY_WITHIN),
+                wait=wait_fixed(1),
+                reraise=True,
+            )
+            return retry(
+                self.client.submit_job,
                 entrypoint=shlex.join(words),
                 submission_id=f"{base}-{attempt}",
-                runtime_env={"working_dir": folder, "env_vars": _job_environment(config)},
+                runtime_env={"working_dir": folder, "env_vars": environment},
                 metadata={"run": run_directory(config).url},
             )
 

@@ -20,7 +20,7 @@ from pipeline.checkpoint import Checkpoints, Run, claim_run
 from pipeline.checkpoint.model import check_start
 from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
-from pipeline.config.schema import Data, Pretrain
+from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
@@ -30,15 +30,14 @@ from pipeline.evaluate.results import Result
 from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks
 from pipeline.models import build
-from pipeline.models.options import Options
-from pipeline.objectives import Facts, check_mixing, check_objective, model_options
+from pipeline.objectives import Facts, check_mixing
 from pipeline.plan import Plan, make_plan
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
-from pipeline.train.inputs import Prepared, check_captions, check_teacher, named_inputs, planned_facts
+from pipeline.train.inputs import check_captions, check_teacher, named_inputs, options_of, planned_facts
 from pipeline.train.job import pretrain
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
@@ -63,7 +62,7 @@ def check_config(config: Config) -> None:
     if c.min_gpus is not None and (c.gpus is None or c.min_gpus > c.gpus):
         raise ConfigError(f"cluster.min_gpus: {c.min_gpus} is the least of cluster.gpus, which is {c.gpus or 'not given'}")
     if p:
-        _options(p, classes=2)
+        options_of(p, classes=2)
         check_mixing(p.objective.name, p.image)
         choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
@@ -103,7 +102,7 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
     if p and is_to_run and not Checkpoints(run_directory(config)).steps():  # with checkpoints of its own a run needs no other
         named = named_inputs(p, endpoint, run_directory(config))
         if p.start:
-            check_start(p.start.from_, p.start.load, lambda n: build(p.model.name, _options(p, n, named), device="meta"), endpoint)
+            check_start(p.start.from_, p.start.load, lambda n: build(p.model.name, options_of(p, n, named), device="meta"), endpoint)
     if write:
         Storage(config.storage.url, endpoint).check_writable()
 
@@ -116,10 +115,12 @@ def plan_config(config: Config, before: Sequence[Config] = ()) -> tuple[Plan | N
     workers = config.cluster.workers or gpus or 2
     if p is None:
         return None, False, workers
-    named = named_inputs(p, config.storage.endpoint, run_directory(config))
+    # A recipe is planned with nothing at hand, the run that it starts from among it.
+    named = named_inputs(p, config.storage.endpoint, run_directory(config)) if _is_at_hand(config) else None
 
     def facts(classes: int) -> Facts:
-        return named.facts(classes, planned_facts(p, classes))
+        planned = planned_facts(p, classes)
+        return named.facts(classes, planned) if named else planned
 
     if config.data and not _is_at_hand(config):
         samples, classes = sum(part.samples or 0 for part in config.data), max(part.classes or 0 for part in config.data)
@@ -133,14 +134,6 @@ def plan_config(config: Config, before: Sequence[Config] = ()) -> tuple[Plan | N
         return make_plan(config, samples, facts(len(listing.classes)), workers, reading), True, workers
     data = _open_data(config, config.data or [Data(url=(run_directory(config) / "shards").url)])
     return make_plan(config, data.samples, facts(len(data.classes)), workers, data.reading), False, workers
-
-
-def _options(p: Pretrain, classes: int, named: Prepared | None = None) -> Options:
-    """Of the model, for so many classes; raises as `model_options`."""
-    check_objective(p.objective.name, p.objective.arguments)
-    planned = planned_facts(p, classes)
-    facts = named.facts(classes, planned) if named else planned
-    return model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
 
 
 def _data_urls(config: Config) -> set[str]:

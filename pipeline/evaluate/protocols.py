@@ -12,8 +12,7 @@ from pipeline.checkpoint import ModelCard
 from pipeline.config.schema import Evaluate, FineTune, Pretrain
 from pipeline.core.errors import ConfigError, choose
 from pipeline.models.registry import as_classifier, family_of
-from pipeline.objectives import check_objective, model_options
-from pipeline.train.inputs import planned_facts
+from pipeline.train.inputs import options_of
 
 # Protocol -> what it measures, in a short phrase for people; in the order of pages and tables.
 PROTOCOLS = {
@@ -43,11 +42,7 @@ class Kind:
     @staticmethod
     def planned(p: Pretrain) -> Kind:
         """Of the model that `p` trains. Raises ConfigError where model and objective are wrong."""
-        check_objective(p.objective.name, p.objective.arguments)
-        options = model_options(
-            p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, planned_facts(p, classes=2)
-        )
-        return Kind(p.model.name, options.model_dump(mode="json"), p.objective.name)
+        return Kind(p.model.name, options_of(p, classes=2).model_dump(mode="json"), p.objective.name)
 
     @property
     def family(self) -> str:

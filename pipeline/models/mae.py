@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from pipeline.models.blocks import Block
-from pipeline.models.model import Model
+from pipeline.models.model import Fp32Buffers, Model
 from pipeline.models.options import Count, Options, Rate, check_heads
 from pipeline.models.patches import PatchEmbed, patchify
 from pipeline.models.positions import sincos_2d
@@ -61,13 +61,14 @@ class MAEOptions(Options):
         return int(self.side**2 * (1 - self.mask))
 
 
-class MAE(Model):
+class MAE(Fp32Buffers, Model):
     """Positions are fixed, and kept in the state under the names that a ViT has for its learned ones."""
 
     options: MAEOptions
     pos_embed: torch.Tensor
     decoder_pos_embed: torch.Tensor
     unpenalised = frozenset({"cls_token", "mask_token"})
+    fp32 = ("pos_embed", "decoder_pos_embed")  # they are saved, and 16 bits would round them
 
     def __init__(self, options: MAEOptions) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class MAE(Model):
         x = self.decoder_embed(self._encode(images, seen))
         b, patches = noise.shape
         tokens = self.mask_token.to(x.dtype).expand(b, patches, -1).scatter(1, _wide(seen, x), x[:, 1:])
-        x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+        x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed.to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
         mask = torch.ones(b, patches, device=x.device).scatter(1, seen, 0.0)
@@ -113,7 +114,8 @@ class MAE(Model):
 
     def _encode(self, images: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         """Class token and patches after the last norm, (B, 1 + n, D); all patches where `seen` (B, n) does not say which."""
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+        x = self.patch_embed(images)
+        x = x + self.pos_embed[:, 1:].to(x.dtype)
         if seen is not None:
             x = x.gather(1, _wide(seen, x))
         token = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(x.shape[0], -1, -1)

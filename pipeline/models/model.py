@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -43,6 +43,21 @@ class Model(nn.Module):
     @property
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+class Fp32Buffers(nn.Module):
+    """Buffers that stay in fp32 where the rest of a module goes to 16 bits."""
+
+    fp32: ClassVar[tuple[str, ...]]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = {name: getattr(self, name) for name in self.fp32}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, value.to(now.device, torch.float32))
+        return self
 
 
 def flops(model: Model) -> float:

@@ -5,13 +5,12 @@ Shapes: B batch, P input pixels a side, C classes, c channels of a bottleneck (w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pipeline.models.convnet import EXPANSION, ConvNet, ConvNetOptions, kept, plan_blocks
+from pipeline.models.model import Fp32Buffers
 from pipeline.models.options import Count
 
 
@@ -23,16 +22,10 @@ class ResNetOptions(ConvNetOptions):
     zero_init_residual: bool = True
 
 
-class BatchNorm(nn.BatchNorm2d):
+class BatchNorm(Fp32Buffers, nn.BatchNorm2d):
     """Keeps its running statistics in fp32 where the model is in 16 bits: there, a tenth of a small change is lost in rounding."""
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> BatchNorm:
-        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            if getattr(self, name).dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, value.to(getattr(self, name).device, torch.float32))
-        return self
+    fp32 = ("running_mean", "running_var")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.running_mean is not None and self.momentum is not None and self.num_batches_tracked is not None

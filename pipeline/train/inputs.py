@@ -22,8 +22,9 @@ from pipeline.core.progress import Progress, say
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.models import Model
+from pipeline.models.options import Options
 from pipeline.models.registry import family_of
-from pipeline.objectives import OBJECTIVES, Facts, Inputs, Teacher, check_objective
+from pipeline.objectives import OBJECTIVES, Facts, Inputs, Teacher, check_objective, model_options
 from pipeline.objectives.classify import CLASSIFIERS
 from pipeline.objectives.distil import DistilOptions
 from pipeline.objectives.objective import Need
@@ -63,6 +64,14 @@ def planned_facts(p: Pretrain, classes: int) -> Facts:
     wanted = needs(p)
     colors = 512 if palette.url == THREE_BIT else palette.colors
     return Facts(classes, colors if "palette" in wanted else 0, text.size if "captions" in wanted else 0, text.length)
+
+
+def options_of(p: Pretrain, classes: int, named: Prepared | None = None) -> Options:
+    """Of the config's model, for so many classes, with what is `named` and what is planned else; raises as `model_options`."""
+    check_objective(p.objective.name, p.objective.arguments)
+    planned = planned_facts(p, classes)
+    facts = named.facts(classes, planned) if named else planned
+    return model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
 
 
 def named_inputs(p: Pretrain, endpoint: str | None, own: Storage) -> Prepared:

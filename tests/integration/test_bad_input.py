@@ -39,6 +39,8 @@ from tests.integration.services import BIN, ROOT, RayHead, answers, free_ports, 
 SUBMIT = ["launch/submit.py"]
 PREDICT = ["-m", "pipeline.predict"]
 
+pytestmark = pytest.mark.alone
+
 
 @dataclass(frozen=True)
 class Ended:

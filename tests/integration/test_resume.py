@@ -18,6 +18,8 @@ from tests.integration.services import BIN, ROOT
 
 STEPS = 60
 
+pytestmark = pytest.mark.alone
+
 
 def _arguments(storage: Path, digits: Path) -> list[str]:
     return [

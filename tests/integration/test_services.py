@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from pipeline.checkpoint import Checkpoints, find_model
 from pipeline.core.storage import Storage
 from pipeline.stream import open_dataset
 from tests.integration.services import ROOT, RayHead
+
+pytestmark = pytest.mark.alone
 
 
 def test_quickstart_on_a_cluster(

@@ -182,3 +182,13 @@ def test_activations() -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_model("mae", {**TINY, "pixels": 12, **options})
+
+
+def test_positions_are_not_rounded_in_16_bits() -> None:
+    model = create("mae", pixels=8, patch=4, width=16, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, seed=0)
+    exact = model.pos_embed.clone()
+    assert not torch.equal(exact, exact.bfloat16().float())
+    model = model.bfloat16()
+    assert torch.equal(model.pos_embed, exact) and model.cls_token.dtype == torch.bfloat16
+    predicted, _ = model(torch.randn(2, 3, 8, 8).bfloat16(), torch.rand(2, 4))
+    assert predicted.dtype == torch.bfloat16 and model.double().pos_embed.dtype == torch.float64
