@@ -12,6 +12,7 @@ import torch
 
 from pipeline.checkpoint import ModelCard, find_model
 from pipeline.config.schema import ShardImages
+from pipeline.core.command import exit_codes
 from pipeline.core.errors import ConfigError, DataError, ExitCode, TesseraError
 from pipeline.core.storage import Storage
 from pipeline.evaluate.features import device, load_model, logits_of, preprocess
@@ -97,15 +98,12 @@ def main(
     as_json: bool,
 ) -> None:
     """Classify IMAGE files with the model of RUN, a run's directory or URL: by its head, or a CLIP's by captions (zero-shot)."""
-    try:
+    with exit_codes():
         card, state = find_model(Storage(run, endpoint), step)
         names = [name.strip() for name in (classes or "").split(",") if name.strip()]
         if wrong := [template for template in templates if template.count("{}") != 1]:
             raise ConfigError(f"--template: {wrong[0]!r} should hold {{}} once, where the name of the class belongs")
         logits, names = open_classifier(card, state, names, templates)
-    except TesseraError as e:
-        click.echo(f"error: {e}", err=True)
-        sys.exit(e.exit_code)
     code = ExitCode.DONE
     for path in images:
         try:

@@ -123,9 +123,18 @@ def open_model(url: str, endpoint: str | None, where: str) -> tuple[ModelCard, d
     except CheckpointError as e:
         raise CheckpointError(f"{where}: {e}") from e
     half = (0.5, 0.5, 0.5)
-    return ModelCard(
-        found.name, dict(found.options), "", found.classes or [], found.mean or half, found.std or half, dataset="", run=url, step=0
-    ), found.state
+    card = ModelCard(
+        model=found.name,
+        options=dict(found.options),
+        objective="",
+        classes=found.classes or [],
+        mean=found.mean or half,
+        std=found.std or half,
+        dataset="",
+        run=url,
+        step=0,
+    )
+    return card, found.state
 
 
 def is_run(url: str, endpoint: str | None) -> bool:

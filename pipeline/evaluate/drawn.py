@@ -7,7 +7,7 @@ written last. Chen et al. 2020, figures 4 to 6, show such pictures.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pipeline.evaluate.features import device, labelled, load_model
 from pipeline.evaluate.results import DIRECTORY
 from pipeline.evaluate.tasks import Task
 from pipeline.models.igpt import IGPT
-from pipeline.models.sampling import complete, grid, sample
+from pipeline.models.sampling import How, complete, grid, sample
 from pipeline.stream.batches import evaluation_batches
 from pipeline.stream.palette import Palette
 
@@ -47,16 +47,7 @@ def open_drawer(card: ModelCard, state: dict[str, torch.Tensor]) -> tuple[IGPT, 
     return model, palette
 
 
-def draw(
-    model: IGPT,
-    palette: Palette,
-    count: int,
-    *,
-    given: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> torch.Tensor:
+def draw(model: IGPT, palette: Palette, count: int, *, given: torch.Tensor | None = None, **how: Unpack[How]) -> torch.Tensor:
     """uint8 (count, P, P, 3), drawn from nothing; or with `given`, uint8 (count, P, P, 3), its upper half and a new lower one."""
     pixels, batches = model.options.pixels, range(0, count, _BATCH)
     keep = pixels // 2 if given is not None else 0
@@ -67,22 +58,21 @@ def draw(
             progress.update(1)
 
         for n, start in enumerate(batches):
-            how: dict[str, float | int | Callable[[int, int], None] | None]
-            how = {"temperature": temperature, "top_k": top_k, "seed": seed + n, "progress": tell}
+            own: How = {**how, "seed": how.get("seed", 0) + n}
             if given is None:
-                tokens = sample(model, min(_BATCH, count - start), **how)  # type: ignore[arg-type]
+                tokens = sample(model, min(_BATCH, count - start), progress=tell, **own)
             else:
-                tokens = complete(model, palette.encode(given[start : start + _BATCH].to(device())), keep, **how)  # type: ignore[arg-type]
+                tokens = complete(model, palette.encode(given[start : start + _BATCH].to(device())), keep, progress=tell, **own)
             pieces.append(palette.decode(tokens, pixels, pixels).cpu())
     return torch.cat(pieces)
 
 
-def completed(model: IGPT, palette: Palette, images: torch.Tensor, *, tries: int, **how: float | int | None) -> torch.Tensor:
+def completed(model: IGPT, palette: Palette, images: torch.Tensor, *, tries: int, **how: Unpack[How]) -> torch.Tensor:
     """Images uint8 (B, P, P, 3) to uint8 (B (2 + tries), P, P, 3): of each itself, its upper half, and its completions."""
     half = images.shape[1] // 2
     upper = palette.decode(palette.encode(images), images.shape[1], images.shape[2])
     upper[:, half:] = torch.tensor(BLANK, dtype=torch.uint8)
-    drawn = draw(model, palette, len(images) * tries, given=images.repeat_interleave(tries, dim=0), **how)  # type: ignore[arg-type]
+    drawn = draw(model, palette, len(images) * tries, given=images.repeat_interleave(tries, dim=0), **how)
     return torch.cat([images[:, None], upper[:, None], drawn.view(len(images), tries, *images.shape[1:])], dim=1).flatten(0, 1)
 
 

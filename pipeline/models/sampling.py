@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -17,6 +18,14 @@ from pipeline.models.igpt import IGPT
 
 TILE = 128  # pixels that a side of a tiny picture is enlarged to, at least
 BORDER, BORDER_COLOR = 2, 208  # grey: white paper has an edge too
+
+
+class How(TypedDict, total=False):
+    """The arguments of `sample` that say how a token is drawn."""
+
+    temperature: float
+    top_k: int | None
+    seed: int
 
 
 def sample(
@@ -82,9 +91,11 @@ def next_logits(model: IGPT, tokens: torch.Tensor, start: int, *, recompute: boo
         model.train(training)
 
 
-def complete(model: IGPT, tokens: torch.Tensor, keep: int, **how: float | int | bool | None) -> torch.Tensor:
-    """The images (B, N) again, all rows after the first `keep` drawn anew; `how` as `sample` takes it."""
-    return sample(model, len(tokens), prompt=tokens[:, : keep * model.options.pixels], **how)  # type: ignore[arg-type]
+def complete(
+    model: IGPT, tokens: torch.Tensor, keep: int, *, progress: Callable[[int, int], None] | None = None, **how: Unpack[How]
+) -> torch.Tensor:
+    """The images (B, N) again, all rows after the first `keep` drawn anew; `how` and `progress` as `sample` takes them."""
+    return sample(model, len(tokens), prompt=tokens[:, : keep * model.options.pixels], progress=progress, **how)
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> torch.Tensor:

@@ -31,10 +31,10 @@ from pipeline.core.units import format_count
 from pipeline.core.world import World
 from pipeline.models import Model, build
 from pipeline.models.options import Options
-from pipeline.objectives import Facts, build_objective, model_options
+from pipeline.objectives import Facts, build_objective
 from pipeline.plan import Plan, make_plan
 from pipeline.stream import Collection, Stream, open_collection, open_dataset, open_stream
-from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, prepare_inputs
+from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, prepare_inputs
 from pipeline.train.loop import Row, train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.saving import restore, restore_from, save
@@ -63,7 +63,7 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     plan = make_plan(config, data.samples, facts, world.size)
     checkpoints = Checkpoints(run.directory)
     had_any = world.broadcast(bool(checkpoints.steps()))
-    options = model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
+    options = options_of(p, len(data.classes), prepared)
     model = _start_model(run, options, had_any, tracker).to(world.device)
     stream = open_stream(
         data, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loader.workers,
@@ -82,17 +82,17 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     if state:
         stream.resume(state.loader)
     card = ModelCard(
-        p.model.name,
-        options.model_dump(mode="json"),
-        p.objective.name,
-        data.classes,
-        p.image.mean,
-        p.image.std,
-        data.hash,
-        run.id,
-        first,
-        prepared.palette.colors.tolist() if prepared.palette else None,
-        prepared.tokenizer.to_json() if prepared.tokenizer else None,
+        model=p.model.name,
+        options=options.model_dump(mode="json"),
+        objective=p.objective.name,
+        classes=data.classes,
+        mean=p.image.mean,
+        std=p.image.std,
+        dataset=data.hash,
+        run=run.id,
+        step=first,
+        palette=prepared.palette.colors.tolist() if prepared.palette else None,
+        tokenizer=prepared.tokenizer.to_json() if prepared.tokenizer else None,
     )
     inputs = open_inputs(config, prepared, data.classes, engine.dtype, world.device)
     objective = build_objective(p.objective.name, p.objective.arguments, inputs)
