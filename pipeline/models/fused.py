@@ -39,13 +39,18 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(SLOPE * x).mul_(1 / SLOPE)
 
 
+def _rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """(mean x^2 + eps)^-1/2 over the last dimension, which is kept."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x r g with r = (mean x^2 + eps)^-1/2 a row. dx = r (dy g - x r^2 mean(dy g x)), dg = sum over rows of dy x r."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+        scale = _rms_scale(rows, eps)
         ctx.save_for_backward(rows, gain, scale)
         return torch.mul(rows, scale).mul_(gain).view(x.shape)
 
@@ -66,4 +71,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dtype != self.weight.dtype or x.dtype.itemsize < 4:
             return super().forward(x)
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, eps)
+        return torch.mul(x, _rms_scale(x, eps)).mul_(self.weight)
