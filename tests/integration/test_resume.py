@@ -1,4 +1,4 @@
-"""kill -9 of the whole job, and the same command again: the curve goes on as if nothing had happened."""
+"""kill -9 of a worker, then of the whole job, and the same command again: the curve goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -29,20 +29,64 @@ def _arguments(storage: Path, digits: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def _tree(process: psutil.Process) -> Iterator[psutil.Process]:
+    yield process
+    yield from process.children(recursive=True)
+
+
+def _await_step(job: subprocess.Popen[str], checkpoints: Checkpoints, step: int, log: Path) -> int:
+    """The newest committed step, once it is `step` or a later one."""
+    deadline = time.monotonic() + 240
+    while not (steps := checkpoints.steps()) or steps[-1] < step:
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+    return steps[-1]
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """The storage of a run that nobody disturbed."""
+def broken(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> tuple[Path, int, str]:
+    """(storage, step of the last commit before the end, what the second command said): a run of which a worker was killed, and after its
+    restart everything; and that was begun again."""
+    storage = tmp_path_factory.mktemp("broken")
+    command, log = [sys.executable, "launch/submit.py", *_arguments(storage, digits)], storage / "log"
+    checkpoints = Checkpoints(Storage(str(storage / "quickstart")))
+    with log.open("w") as out:
+        job = subprocess.Popen(command, cwd=ROOT, stderr=out, text=True)
+    before = _await_step(job, checkpoints, 10, log)
+    workers = [p for p in _tree(psutil.Process(job.pid)) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[-1].kill()
+    _await_step(job, checkpoints, before + 10, log)
+    for process in list(_tree(psutil.Process(job.pid))):
+        process.kill()
+    job.wait()
+    assert "resuming at step" in log.read_text(), "Ray Train restarted the workers"
+    killed_at = checkpoints.steps()[-1]
+    assert killed_at < STEPS, "it was killed before its end"
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    return storage, killed_at, again.stderr
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, digits: Path, broken: tuple[Path, int, str]) -> Path:
+    """The storage of a run that nobody disturbed: by torchrun, on a machine that has no Ray, from the same shards."""
     storage = tmp_path_factory.mktemp("unbroken")
-    done = subprocess.run(
-        [sys.executable, "launch/submit.py", *_arguments(storage, digits)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    (storage / "quickstart").mkdir()
+    (storage / "quickstart" / "shards").symlink_to(broken[0] / "quickstart" / "shards")
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train.worker", *_arguments(storage, digits)]
+    env = {**os.environ, "PYTHONPATH": str(_hide_ray(storage)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return storage
+
+
+def _hide_ray(folder: Path) -> Path:
+    """A directory for PYTHONPATH in which `import ray` fails, as on a machine that has none."""
+    blocked = folder / "blocked"
+    blocked.mkdir()
+    (blocked / "ray.py").write_text("raise ImportError('this machine has no Ray')\n")
+    return blocked
 
 
 def _losses(storage: Path) -> dict[int, float]:
@@ -52,79 +96,23 @@ def _losses(storage: Path) -> dict[int, float]:
     return dict(rows)
 
 
-def _tree(process: psutil.Process) -> Iterator[psutil.Process]:
-    yield process
-    yield from process.children(recursive=True)
-
-
-def test_kill_everything_and_type_it_again(unbroken: Path, tmp_path: Path, digits: Path) -> None:
-    command = [sys.executable, "launch/submit.py", *_arguments(tmp_path, digits)]
-    checkpoints = Checkpoints(Storage(str(tmp_path / "quickstart")))
-    job = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not (steps := checkpoints.steps()) or steps[-1] < 20:
-        assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()[-3000:] if job.stderr else ""
-        time.sleep(0.05)
-    for process in list(_tree(psutil.Process(job.pid))):
-        process.kill()
-    job.wait()
-    killed_at = checkpoints.steps()[-1]
-    assert killed_at < STEPS, "it was killed before its end"
-
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert f"resuming at step {killed_at}" in again.stderr
-
-    whole, resumed = _losses(unbroken), _losses(tmp_path)
-    print("step  unbroken            killed and resumed")
+def test_killed_and_typed_again(broken: tuple[Path, int, str], unbroken: Path) -> None:
+    storage, killed_at, said = broken
+    assert f"resuming at step {killed_at}" in said
+    whole, resumed = _losses(unbroken), _losses(storage)
+    print("step  unbroken            killed twice and resumed")
     for step in range(killed_at - 2, STEPS + 1):
         print(f"{step:>4}  {whole[step]!r:<18}  {resumed[step]!r:<18}")
-    assert resumed == whole, "bit for bit"
-    _check_tracking(tmp_path, whole)
+    assert resumed == whole, "bit for bit, with Ray and without"
 
 
-def _check_tracking(storage: Path, losses: dict[int, float]) -> None:
-    """One MLflow run a stage over both lives of the job, with every step in it."""
+def test_it_is_one_run_in_mlflow(broken: tuple[Path, int, str]) -> None:
+    """One MLflow run a stage over all lives of the job, with every step in it."""
     from mlflow.tracking import MlflowClient
 
+    storage = broken[0]
     client = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db")
     runs = {r.info.run_name: r for r in client.search_runs([client.get_experiment_by_name("tessera").experiment_id])}
     assert sorted(runs) == ["quickstart", "quickstart/pretrain", "quickstart/shard"]
     history = client.get_metric_history(runs["quickstart/pretrain"].info.run_id, "train/loss")
-    assert {m.step: m.value for m in history} == losses
-
-
-def test_a_killed_worker_is_restarted(unbroken: Path, tmp_path: Path, digits: Path) -> None:
-    command = [sys.executable, "launch/submit.py", *_arguments(tmp_path, digits)]
-    checkpoints = Checkpoints(Storage(str(tmp_path / "quickstart")))
-    job = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not checkpoints.steps():
-        assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()[-3000:] if job.stderr else ""
-        time.sleep(0.05)
-    workers = [p for p in _tree(psutil.Process(job.pid)) if "RayTrainWorker" in " ".join(p.cmdline())]
-    assert len(workers) == 2
-    workers[-1].kill()
-    _, log = job.communicate(timeout=300)
-    assert job.returncode == 0, log[-3000:]
-    assert "resuming at step" in log
-    assert _losses(tmp_path) == _losses(unbroken), "bit for bit"
-
-
-def test_without_ray(unbroken: Path, tmp_path: Path, digits: Path) -> None:
-    """torchrun trains from the same shards, to the same losses."""
-    (tmp_path / "quickstart").mkdir()
-    (tmp_path / "quickstart" / "shards").symlink_to(unbroken / "quickstart" / "shards")
-    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train.worker", *_arguments(tmp_path, digits)]
-    env = {**os.environ, "PYTHONPATH": str(_hide_ray(tmp_path)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert _losses(tmp_path) == _losses(unbroken)
-
-
-def _hide_ray(folder: Path) -> Path:
-    """A directory for PYTHONPATH in which `import ray` fails, as on a machine that has none."""
-    blocked = folder / "blocked"
-    blocked.mkdir()
-    (blocked / "ray.py").write_text("raise ImportError('this machine has no Ray')\n")
-    return blocked
+    assert {m.step: m.value for m in history} == _losses(storage)
