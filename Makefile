@@ -34,7 +34,7 @@ quickstart: digits
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m alone tests/integration
 
 lint: venv
 	$(BIN)/ruff check
