@@ -43,7 +43,7 @@ def run_here(configs: Sequence[Config], *, command: str, fresh: bool = False, lo
     for i, config in enumerate(configs):
         check_config(config)
         check_claim(config, fresh)
-        check_resources(config, coming=made_by(configs[:i]))
+        check_resources(config, coming=made_by(configs[:i]), fresh=fresh)
     connect_ray(local)
     outcomes = []
     for config in configs:

@@ -17,11 +17,13 @@ import yaml
 
 from pipeline import report
 from pipeline.checkpoint import Checkpoints, Run, claim_run
+from pipeline.checkpoint.commit import check_conditional
 from pipeline.checkpoint.model import check_start
+from pipeline.checkpoint.read import verify
 from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
 from pipeline.config.schema import Data
-from pipeline.core.errors import ConfigError, TesseraError, choose
+from pipeline.core.errors import CheckpointError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -39,6 +41,7 @@ from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
 from pipeline.train.inputs import check_captions, check_teacher, named_inputs, options_of, planned_facts
 from pipeline.train.job import pretrain
+from pipeline.train.keeper import Signals
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
 from pipeline.train.zero import check_precision
@@ -58,9 +61,7 @@ class Outcome:
 def check_config(config: Config) -> None:
     """Raises ConfigError for what is wrong with a config in itself; touches nothing outside it."""
     tracking_uri(config)
-    c, p = config.cluster, config.pretrain
-    if c.min_gpus is not None and (c.gpus is None or c.min_gpus > c.gpus):
-        raise ConfigError(f"cluster.min_gpus: {c.min_gpus} is the least of cluster.gpus, which is {c.gpus or 'not given'}")
+    p = config.pretrain
     if p:
         options_of(p, classes=2)
         check_mixing(p.objective.name, p.image)
@@ -78,10 +79,11 @@ def made_by(configs: Sequence[Config]) -> frozenset[str]:
     return frozenset((run_directory(config) / "shards").url for config in configs if config.shard)
 
 
-def check_resources(config: Config, write: bool = True, coming: frozenset[str] = frozenset()) -> None:
+def check_resources(config: Config, write: bool = True, coming: frozenset[str] = frozenset(), fresh: bool = False) -> None:
     """Raises TesseraError for what the config names and is not there, or cannot be used: source, data, storage, start.
 
-    With `write`, an object is written to the storage and removed. Datasets at the URLs of `coming` need not be there yet.
+    With `write`, an object is written to the storage and removed. Datasets at the URLs of `coming` need not be there yet. With `fresh`,
+    the checkpoints that are there are not looked at.
     """
     p, endpoint = config.pretrain, config.storage.endpoint
     if p and config.cluster.is_local:
@@ -99,12 +101,14 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         check_captions(p, data)
     if p and is_to_run:
         check_teacher(p, classes, endpoint)
-    if p and is_to_run and not Checkpoints(run_directory(config)).steps():  # with checkpoints of its own a run needs no other
+    if p and is_to_run and (fresh or not Checkpoints(run_directory(config)).steps()):  # with checkpoints of its own a run needs no other
         named = named_inputs(p, endpoint, run_directory(config))
         if p.start:
             check_start(p.start.from_, p.start.load, lambda n: build(p.model.name, options_of(p, n, named), device="meta"), endpoint)
     if write:
-        Storage(config.storage.url, endpoint).check_writable()
+        root = Storage(config.storage.url, endpoint)
+        root.check_writable()
+        check_conditional(root, is_needed=p is not None and config.storage.conditional)
 
 
 def plan_config(config: Config, before: Sequence[Config] = ()) -> tuple[Plan | None, bool, int]:
@@ -112,7 +116,7 @@ def plan_config(config: Config, before: Sequence[Config] = ()) -> tuple[Plan | N
     those that run `before` it), and some images may then be dropped; and the number of workers it is for. Starts and writes nothing."""
     p = config.pretrain
     gpus = torch.cuda.device_count() if config.cluster.gpus is None else config.cluster.gpus
-    workers = config.cluster.workers or gpus or 2
+    workers = config.cluster.workers or gpus or max(2, config.cluster.min_workers or 0)
     if p is None:
         return None, False, workers
     # A recipe is planned with nothing at hand, the run that it starts from among it.
@@ -150,6 +154,19 @@ def _open_data(config: Config, data: list[Data]) -> Collection:
     assert config.pretrain is not None, "data is read to train on it"
     loader = config.pretrain.loader
     return open_collection(data, config.pretrain.split, config.storage.endpoint, block=loader.block, cache=loader.cache)
+
+
+def _is_trained(checkpoints: Checkpoints, steps: int) -> bool:
+    """Whether the newest checkpoint is of the last step, and every byte of it as it was saved. Of another step it is not read. A
+    damaged one is left to the workers: to set it aside needs the lease that they hold."""
+    commits = checkpoints.commits()
+    if not commits or commits[-1].step != steps:
+        return False
+    try:
+        verify(checkpoints, commits[-1])
+    except CheckpointError:
+        return False
+    return True
 
 
 def _is_local(config: Config) -> bool:
@@ -220,15 +237,16 @@ class _Stages:
         p = self.config.pretrain
         assert p is not None, "called for a config that pre-trains"
         steps = p.duration.steps(p.batch, data.samples)
-        last = Checkpoints(self.run.directory).newest_sound()
-        if last is not None and last.step == steps:
+        if _is_trained(Checkpoints(self.run.directory), steps):
             say(f"pretrain     finished already, at step {steps:,}")
             with self._stage("pretrain"):
                 return  # what an earlier submission could not send to MLflow is sent now
         began = time.perf_counter()
-        parts = pretrain(self.run)
-        whole = time.perf_counter() - began
-        for part, seconds in {"starting workers": whole - sum(parts.values()), **parts}.items():
+        signals = Signals()
+        with signals.listening():
+            parts = pretrain(self.run, signals)
+        rest = time.perf_counter() - began - sum(parts.values())
+        for part, seconds in {**parts, "starting workers": parts.get("starting workers", 0.0) + rest}.items():
             self._add_time("pretrain", part, seconds)
 
     def _evaluate(self) -> list[Result]:

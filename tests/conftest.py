@@ -18,6 +18,7 @@ from pipeline.shards.layout import sample_key
 from pipeline.shards.manifest import Manifest, dataset_hash, publish
 from pipeline.shards.samples import Sample
 from pipeline.shards.writer import write_shard
+from tests.clouds import Conditions, azure, google
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +51,43 @@ def s3() -> Iterator[tuple[str, Callable[[], str]]]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def gs() -> Iterator[tuple[str, Conditions]]:
+    """(endpoint, what stands before it) of a Google store on this machine, with the bucket `lab`."""
+    os.environ |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "GOOGLE_CLOUD_PROJECT": "tessera"}
+    with google() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def abfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An Azure store on this machine, with the container `lab`, as this process's default."""
+    with azure(tmp_path_factory.mktemp("azure")) as connection:
+        os.environ["AZURE_STORAGE_CONNECTION_STRING"] = connection
+        Storage("abfs://lab").fs.mkdir("lab")
+        yield
+
+
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest) -> Storage:
     """An empty directory on each kind of store."""
-    if request.param == "file":
+    return _open_store(request, request.param)
+
+
+@pytest.fixture(params=["file", "s3", "gs", "abfs"])
+def any_store(request: pytest.FixtureRequest) -> Storage:
+    """The same with the stores of the other two clouds among them."""
+    return _open_store(request, request.param)
+
+
+def _open_store(request: pytest.FixtureRequest, kind: str) -> Storage:
+    if kind == "file":
         return Storage(str(request.getfixturevalue("tmp_path") / "store"))
-    endpoint, make_bucket = request.getfixturevalue("s3")
-    return Storage(make_bucket() + "/store", endpoint)
+    if kind == "s3":
+        endpoint, make_bucket = request.getfixturevalue("s3")
+        return Storage(make_bucket() + "/store", endpoint)
+    server = request.getfixturevalue(kind)
+    return Storage(f"{kind}://lab/{uuid.uuid4().hex}", server[0] if server else None)
 
 
 @pytest.fixture

@@ -10,12 +10,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
-# For a request's method and path: "error" (503, slow down), "reset", "stall", "cut" (half the body), or None for none.
+# For a request's method and path: "error" (503, slow down), "reset", "half" (a reset, with half of the request's body read), "stall",
+# "cut" (half the answer's body), "exists" (412), or None for none.
 Plan = Callable[[str, str], str | None]
+_REFUSALS = {
+    "error": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
+    "exists": (412, b'{"error": {"code": 412, "message": "At least one of the pre-conditions you specified did not hold."}}'),
+}
 
 
 class FaultyStore:
@@ -25,6 +31,7 @@ class FaultyStore:
         self.target = urlsplit(target).netloc
         self.plan: Plan = lambda method, path: None
         self.stall = 30.0  # seconds
+        self.turn: AbstractContextManager[Any] = nullcontext()  # held while a request is served
         self.seen: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.sent = 0
@@ -39,6 +46,10 @@ class FaultyStore:
 
         self.plan = plan
 
+    def judge(self, method: str, target: str, body: bytes) -> str | None:
+        """What happens to a request that the plan lets through; `target` is its path and its query."""
+        return None
+
     def count(self, kind: str, path: str, sent: int) -> None:
         with self._lock:
             self.seen[kind] += 1
@@ -47,9 +58,9 @@ class FaultyStore:
 
 
 @contextmanager
-def faulty_store(target: str) -> Iterator[tuple[str, FaultyStore]]:
-    """(endpoint, the store) of a proxy for the server at `target`."""
-    store = FaultyStore(target)
+def faulty_store(target: str, host: str = "127.0.0.1", kind: type[FaultyStore] = FaultyStore) -> Iterator[tuple[str, FaultyStore]]:
+    """(endpoint, the store) of a proxy at `host` for the server at `target`."""
+    store = kind(target)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -58,18 +69,24 @@ def faulty_store(target: str) -> Iterator[tuple[str, FaultyStore]]:
             return
 
         def _handle(self) -> None:
+            with store.turn:
+                self._serve()
+
+        def _serve(self) -> None:
             path = self.path.partition("?")[0]
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             kind = store.plan(self.command, path)
-            if kind == "error":
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length // 2 if kind == "half" else length)
+            kind = kind or store.judge(self.command, self.path, body)
+            if kind in _REFUSALS:
                 store.count(kind, path, 0)
-                text = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-                self.send_response(503)
+                status, text = _REFUSALS[kind]
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
                 return
-            if kind == "reset":
+            if kind in ("reset", "half"):
                 store.count(kind, path, 0)
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
@@ -89,8 +106,8 @@ def faulty_store(target: str) -> Iterator[tuple[str, FaultyStore]]:
             for name, value in answer.getheaders():
                 if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
                     self.send_header(name, value)
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-            self.send_header("Content-Length", length or "0")
+            size = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+            self.send_header("Content-Length", size or "0")
             self.end_headers()
             if kind == "cut":
                 self.wfile.write(data[: len(data) // 2])
@@ -101,12 +118,12 @@ def faulty_store(target: str) -> Iterator[tuple[str, FaultyStore]]:
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle  # noqa: N815  the names http.server looks for
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((host, 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", store
+        yield f"http://{host}:{server.server_address[1]}", store
     finally:
         server.shutdown()
         server.server_close()

@@ -1,11 +1,15 @@
-"""Checkpoints that exist as a whole or not at all.
+"""Checkpoints that exist as a whole or not at all, of the newest job alone.
 
-    checkpoints/step-<N>/<attempt>/..      what the ranks wrote, under a prefix nobody used before
-    checkpoints/step-<N>/COMMIT.json       created last, by one conditional write: now the checkpoint exists
+    checkpoints/leases/<generation>.json       a job's right to commit, created conditionally; the newest holds it
+    checkpoints/step-<N>/<attempt>/..          what the ranks uploaded, under a prefix nobody used before
+    checkpoints/step-<N>/COMMIT.json           created last, conditionally: now the checkpoint exists
 
-Each rank uploads its files and hands rank 0 a receipt for each (key, bytes, sha256); rank 0 commits them. A kill at any
-moment leaves either no commit, and a resume takes the one before, or the whole checkpoint. Nothing is decided by
-listing files or by time. A commit whose bytes do not match its receipts is set aside, and the one before is taken.
+Each rank uploads its files and hands rank 0 a receipt for each (name, bytes, sha256); rank 0 commits them. A kill at any moment leaves
+either no commit, and a resume takes the one before, or the whole checkpoint. Nothing is decided by time. Listings (never cached) only find
+what conditional writes have decided.
+
+A job that takes up a run creates the next lease, in which it names the commits that it found. From then on a commit counts if it is of the
+newest generation or named in the newest lease: what an older job, presumed dead, commits late counts for nobody, whatever it believes.
 """
 
 from __future__ import annotations
@@ -13,134 +17,256 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.core.errors import CheckpointError
+from pipeline.checkpoint.fragments import Index
+from pipeline.checkpoint.lease import Lease, Leases
+from pipeline.core.errors import CheckpointError, CredentialsError, StorageError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
+from pipeline.core.upload import Receipt
 
-FORMAT = 2
-HISTORY = "history.jsonl"
-LOADER = "loader.json"
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """One uploaded file: `name` below the attempt's prefix."""
-
-    name: str
-    bytes: int
-    sha256: str
+FORMAT = 3
+HISTORY, STATE = "history.jsonl", "state.json"
+COMMIT = "COMMIT.json"
+_STEP, _ATTEMPT = re.compile(r"step-(\d+)"), re.compile(r"g(\d+)-.*")
+_TRIES = 5
+ALL_DAMAGED = "all are damaged and set aside; the same command again begins from where the run began"
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A committed checkpoint after `step` optimiser steps and `samples` samples, written by `world_size` ranks."""
+    """A committed checkpoint after `step` optimiser steps and `samples` samples, written by `world_size` ranks of job `generation`."""
 
     step: int
     samples: int
+    generation: int
     attempt: str
     world_size: int
     zero_stage: int
     view: str  # of the dataset, so that the loader's position means the same
+    config: str  # the config's fingerprint
     files: list[Receipt]
+    metrics: dict[str, float] = field(default_factory=dict)  # newest validation
     format: int = FORMAT
+
+    @property
+    def prefix(self) -> str:
+        return f"step-{self.step}/{self.attempt}"
 
 
 class Checkpoints:
     """The checkpoints of the run at `run`."""
 
     def __init__(self, run: Storage) -> None:
-        self.directory = run / "checkpoints"
+        self.run, self.directory = run, run / "checkpoints"
+        self._leases = Leases(self.directory)
+
+    # Finding
+
+    def commits(self) -> list[Commit]:
+        """Those that count, the newest last: in the order of generations, then of steps. One that cannot be read is passed over, loudly.
+
+        Raises:
+            CheckpointError: one is of another format.
+        """
+        return self._counting(self.newest_lease())
+
+    def _counting(self, lease: Lease | None) -> list[Commit]:
+        """Those that count where `lease` is the newest."""
+        with ThreadPoolExecutor(16) as pool:
+            there = list(pool.map(self._read_or_pass, self._steps_there()))
+        return sorted((c for c in there if c is not None and _counts(c, lease)), key=lambda c: (c.generation, c.step))
+
+    def _read_or_pass(self, step: int) -> Commit | None:
+        try:
+            return self._read(step)
+        except _Unreadable as e:
+            say(f"warning: {e}; it is passed over")
+            return None
 
     def steps(self) -> list[int]:
-        """Committed steps, ascending."""
-        steps = sorted(int(m[1]) for name in self.directory.names() if (m := re.fullmatch(r"step-(\d+)", name)))
-        return [s for s in steps if self.directory.exists(f"step-{s}/COMMIT.json")]
+        """Committed steps in the order of `commits`."""
+        return [commit.step for commit in self.commits()]
 
     def read(self, step: int) -> Commit:
         """Raises CheckpointError where `step` is not committed or its commit is of another format."""
-        where = f"checkpoint {self.directory.url}/step-{step}"
-        try:
-            values: dict[str, Any] = json.loads(self.directory.read(f"step-{step}/COMMIT.json"))
-        except FileNotFoundError:
+        commit = self._read(step)
+        if commit is None or not _counts(commit, self.newest_lease()):
             known = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"{where}: there is no such committed checkpoint (committed steps: {known})") from None
-        except ValueError as e:
-            raise CheckpointError(f"{where}: its COMMIT.json is not JSON ({e})") from e
-        if values.get("format") != FORMAT:
-            raise CheckpointError(f"{where}: its format is {values.get('format')!r}, this version reads format {FORMAT}")
-        return Commit(**{**values, "files": [Receipt(**f) for f in values["files"]]})
+            raise CheckpointError(f"{self._where(step)}: there is no such committed checkpoint (committed steps: {known})")
+        return commit
 
-    def upload(self, step: int, attempt: str, name: str, local: Path) -> Receipt:
-        self.directory.put(local, f"step-{step}/{attempt}/{name}")
-        return Receipt(name, local.stat().st_size, _sha256(local))
+    def _steps_there(self) -> list[int]:
+        return [int(m[1]) for name in self.directory.names() if (m := _STEP.fullmatch(name))]
 
-    def commit(self, commit: Commit) -> None:
-        """Make the checkpoint exist. Raises CheckpointError where another writer committed this step."""
-        data = json.dumps(asdict(commit), indent=1).encode()
-        if not self.directory.create(f"step-{commit.step}/COMMIT.json", data):
-            raise CheckpointError(
-                f"checkpoint {self.directory.url}/step-{commit.step}: another job has committed this step; is this run running twice?"
-            )
+    def _read(self, step: int) -> Commit | None:
+        """None where the step has no commit."""
+        try:
+            values: dict[str, Any] = json.loads(self.directory.read(f"step-{step}/{COMMIT}"))
+            if values.get("format") != FORMAT:
+                raise CheckpointError(f"{self._where(step)}: its format is {values.get('format')!r}, this version reads format {FORMAT}")
+            return Commit(**{**values, "files": [Receipt(**f) for f in values["files"]]})
+        except FileNotFoundError:
+            return None
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise _Unreadable(f"{self._where(step)}: its {COMMIT} is damaged ({type(e).__name__}: {e})") from e
 
-    def fetch(self, commit: Commit, into: Path, names: set[str] | None = None) -> None:
-        """Copy a checkpoint's files (or those named) below `into`, checking each against its receipt.
+    def _where(self, step: int) -> str:
+        return f"checkpoint {self.directory.url}/step-{step}"
+
+    # Leases
+
+    def newest_lease(self) -> Lease | None:
+        """None where no job has written here."""
+        return self._leases.newest()
+
+    def acquire(self, upto: int | None = None) -> Lease:
+        """The right to commit, taken from whoever had it. The checkpoints there stay, up to step `upto` where that is given; commits that
+        cannot be read are set aside.
 
         Raises:
-            CheckpointError: a file is missing or differs.
+            CheckpointError: there were commits, and none can be read.
         """
-        for receipt in commit.files:
-            if names is not None and receipt.name not in names:
-                continue
-            where = f"checkpoint {self.directory.url}/step-{commit.step}/{commit.attempt}/{receipt.name}"
-            local = into / receipt.name
-            local.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.directory.get(f"step-{commit.step}/{commit.attempt}/{receipt.name}", local)
-            except FileNotFoundError:
-                raise CheckpointError(f"{where}: is missing") from None
-            if local.stat().st_size != receipt.bytes or _sha256(local) != receipt.sha256:
-                raise CheckpointError(f"{where}: is damaged, its bytes differ from its receipt")
+        is_spoilt = self._set_aside_unreadable()
+        lease = self._leases.take(lambda newest: [(c.step, c.attempt) for c in self._counting(newest) if upto is None or c.step <= upto])
+        if is_spoilt and not lease.base:
+            raise CheckpointError(f"checkpoints of {self.run.url}: {ALL_DAMAGED}")
+        try:
+            self.directory.abort_uploads("step-")  # what jobs before had in flight; this one has nothing yet
+        except (StorageError, CredentialsError) as e:  # another permission, on some stores
+            say(f"warning: unfinished uploads of earlier jobs may be left ({e})")
+        return lease
 
-    def newest_sound(self) -> Commit | None:
-        """The newest checkpoint, all of whose bytes are those of its receipts; damaged ones are set aside on the way."""
-        for step in reversed(self.steps()):
-            commit = self.read(step)
-            with tempfile.TemporaryDirectory(prefix="tessera-verify-") as local:
-                try:
-                    self.fetch(commit, Path(local))
-                    return commit
-                except CheckpointError as e:
-                    self.set_aside(commit, str(e))
-        return None
+    def check_holds(self, lease: Lease) -> None:
+        """Raises Fenced where another job has taken up the run since."""
+        self._leases.check_holds(lease)
+
+    # Committing
+
+    def commit(self, commit: Commit, lease: Lease) -> Commit:
+        """Make the checkpoint exist; gives the commit of this step, which is another one of this job where an earlier attempt at it was
+        committed and the answer was lost. May be called again after a StorageError.
+
+        Raises:
+            Fenced: another job holds the run. CheckpointError: this step was committed by a job before.
+        """
+        key, data = f"step-{commit.step}/{COMMIT}", json.dumps(asdict(commit), indent=1).encode()
+        self.check_holds(lease)
+        for _ in range(_TRIES):
+            there = commit if self.directory.create(key, data) else self._read_or_pass(commit.step)
+            if there is not None and there.generation == lease.generation:
+                self.check_holds(lease)  # taken over in this very moment: the newer lease does not name this commit
+                return there
+            if there is not None and _counts(there, lease):
+                break
+            self.directory.remove(key)  # of a job that was presumed dead, and committed after this one had begun; or damaged
+        raise CheckpointError(f"{self._where(commit.step)}: this step has been committed already; is this run running twice?")
+
+    def fetch(self, commit: Commit, name: str) -> bytes:
+        """A small file of a checkpoint, checked against its receipt.
+
+        Raises:
+            CheckpointError: it is missing or differs.
+        """
+        where = f"checkpoint {self.directory.url}/{commit.prefix}/{name}"
+        receipt = next((r for r in commit.files if r.name == name), None)
+        if receipt is None:
+            raise CheckpointError(f"{where}: is no part of this checkpoint")
+        try:
+            data = self.directory.read(f"{commit.prefix}/{name}")
+        except FileNotFoundError:
+            raise CheckpointError(f"{where}: is missing") from None
+        if len(data) != receipt.bytes or hashlib.sha256(data).hexdigest() != receipt.sha256:
+            raise CheckpointError(f"{where}: is damaged, its bytes differ from its receipt")
+        return data
+
+    def indices(self, commit: Commit) -> list[Index]:
+        """Of all ranks' files; raises as `fetch`."""
+        with ThreadPoolExecutor(16) as pool:
+            return [Index.parse(data) for data in pool.map(lambda name: self.fetch(commit, name), index_names(commit))]
+
+    # Setting aside, and removing
 
     def set_aside(self, commit: Commit, reason: str) -> None:
-        """Take a damaged checkpoint out of the way: its commit is renamed, so that resumes pass over it; nothing is lost."""
-        say(f"warning: {reason}; step {commit.step} is set aside and the checkpoint before it is used")
-        self.directory.write(f"step-{commit.step}/SET-ASIDE-{commit.attempt}.json", self.directory.read(f"step-{commit.step}/COMMIT.json"))
-        self.directory.remove(f"step-{commit.step}/COMMIT.json")
+        """Take a damaged checkpoint out of the way: its commit is renamed, so that resumes pass over it."""
+        say(f"warning: {reason}; step {commit.step:,} is set aside and the checkpoint before it is used")
+        key = f"step-{commit.step}/{COMMIT}"
+        self.directory.write(f"step-{commit.step}/SET-ASIDE-{commit.attempt}.json", json.dumps(asdict(commit), indent=1).encode())
+        self.directory.remove(key)
 
-    def retain(self, keep: int) -> None:
-        """Remove all but the newest `keep` committed checkpoints, and what dead attempts left behind them.
+    def remove(self, commit: Commit) -> None:
+        """The commit goes before its data, so that no reader ever finds a commit without them."""
+        self.directory.remove(f"step-{commit.step}/{COMMIT}")
+        self.directory.remove(f"step-{commit.step}")
 
-        A commit goes before its data, so that no reader ever finds a commit without them.
-        """
-        committed = self.steps()
-        if not committed:
-            return
-        for step in committed[:-keep]:
-            self.directory.remove(f"step-{step}/COMMIT.json")
-        for name in self.directory.names():
-            match = re.fullmatch(r"step-(\d+)", name)
-            if match and int(match[1]) < committed[-1] and int(match[1]) not in committed[-keep:] and not self._is_set_aside(name):
-                self.directory.remove(name)
+    def _set_aside_unreadable(self) -> bool:
+        """Take commits out of the way that cannot be read; what belongs to them stays, for somebody may want to look at it. Tells whether
+        there was one."""
+        is_spoilt = False
+        for step in self._steps_there():
+            try:
+                self._read(step)
+            except _Unreadable as e:
+                say(f"warning: {e}; the step is set aside")
+                is_spoilt = True
+                data = self.directory.read(f"step-{step}/{COMMIT}")
+                for name in self.directory.names(f"step-{step}"):
+                    if _ATTEMPT.fullmatch(name):
+                        self.directory.write(f"step-{step}/SET-ASIDE-{name}.json", data)
+                self.directory.remove(f"step-{step}/{COMMIT}")
+        return is_spoilt
 
-    def _is_set_aside(self, name: str) -> bool:
-        return any(n.startswith("SET-ASIDE-") for n in self.directory.names(name))
+    def clear(self) -> None:
+        """Remove all checkpoints, and have no job of before commit any. Leases stay: such a job must not take its own for the newest."""
+        self._leases.take(lambda newest: [])
+        for step in self._steps_there():
+            self.directory.remove(f"step-{step}/{COMMIT}")
+            self.directory.remove(f"step-{step}")
+
+    def reap(self, lease: Lease, since: int) -> None:
+        """Remove what attempts of `lease`'s job and of those before it left behind: what is in no commit that counts, and leases long past.
+        Nothing of a newer job; nothing that is being written, for a job has one save in flight, and this follows it; and nothing that was
+        set aside at step `since` or later, for somebody may want to look at it."""
+        committed = {(c.step, c.attempt) for c in self.commits()}
+        for step in self._steps_there():
+            there = self._read_or_pass(step)
+            if there is not None and (step, there.attempt) not in committed and there.generation <= lease.generation:
+                self.directory.remove(f"step-{step}/{COMMIT}")
+            names = self.directory.names(f"step-{step}")
+            if step >= since:
+                names = [name for name in names if f"SET-ASIDE-{name}.json" not in names]
+            attempts = [name for name in names if (m := _ATTEMPT.fullmatch(name)) and int(m[1]) <= lease.generation]
+            for name in attempts:
+                if (step, name) not in committed:
+                    self.directory.remove(f"step-{step}/{name}")
+                    self.directory.remove(f"step-{step}/SET-ASIDE-{name}.json")
+            if not self.directory.names(f"step-{step}"):
+                self.directory.remove(f"step-{step}")  # an empty directory, where there are such
+        self._leases.reap()
+
+
+class _Unreadable(CheckpointError):
+    """A commit that is there and cannot be read."""
+
+
+def check_conditional(storage: Storage, is_needed: bool) -> None:
+    """Raises StorageError where `is_needed` and the store ignores the condition on which leases and commits rest."""
+    if is_needed and not storage.is_conditional():
+        raise StorageError(
+            f"storage: {storage.url} overwrites what it was told not to overwrite, so two jobs of one run could not be told apart; "
+            "use another store, or accept that with storage.conditional: false"
+        )
+
+
+def index_names(commit: Commit) -> list[str]:
+    return [r.name for r in commit.files if re.fullmatch(r"rank-\d+-of-\d+\.json", r.name)]
+
+
+def _counts(commit: Commit, newest: Lease | None) -> bool:
+    return newest is None or commit.generation >= newest.generation or (commit.step, commit.attempt) in newest.base
 
 
 def read_history(run: Storage) -> list[dict[str, float]]:
@@ -149,14 +275,7 @@ def read_history(run: Storage) -> list[dict[str, float]]:
     They are part of the checkpoint, so a row of a step that a resume repeats is never there twice.
     """
     checkpoints = Checkpoints(run)
-    steps = checkpoints.steps()
-    if not steps:
+    commits = checkpoints.commits()
+    if not commits:
         return []
-    commit = checkpoints.read(steps[-1])
-    text = checkpoints.directory.read(f"step-{commit.step}/{commit.attempt}/{HISTORY}")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return [json.loads(line) for line in checkpoints.fetch(commits[-1], HISTORY).splitlines()]

@@ -1,19 +1,19 @@
-"""The weights in a checkpoint, as evaluation, prediction and other runs use them: fp32 safetensors and a card."""
+"""The model in a checkpoint, as evaluation, prediction and other runs use it: a card, and fp32 weights, put together from all ranks'."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint.commit import Checkpoints
+from pipeline.checkpoint.commit import STATE, Checkpoints, Commit
+from pipeline.checkpoint.fragments import BUFFER, WEIGHT, Fragment
+from pipeline.checkpoint.read import read_into
 from pipeline.core.errors import CheckpointError, NoSuchRun
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
@@ -21,7 +21,8 @@ from pipeline.models import Model, create, formats
 from pipeline.stream.palette import Palette
 from pipeline.stream.text import Tokenizer
 
-WEIGHTS, CARD = "model.safetensors", "model.json"
+CARD = "model.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class ModelCard:
         """The model's input, a side."""
         return self.options["pixels"]
 
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
     def make(self, **changes: Any) -> Model:
         """The model, freshly initialised; `changes` are of its options."""
         return create(self.model, **{**self.options, **changes})
@@ -61,43 +65,64 @@ class ModelCard:
         return Tokenizer.parse(self.tokenizer.encode()) if self.tokenizer else None
 
 
-def write_model(directory: Path, card: ModelCard, weights: dict[str, torch.Tensor]) -> None:
-    save_file(weights, directory / WEIGHTS)
-    (directory / CARD).write_text(json.dumps(asdict(card), indent=1))
-
-
 def find_model(run: Storage, step: int | None = None) -> tuple[ModelCard, dict[str, torch.Tensor]]:
     """The card and fp32 weights of a run's checkpoint at `step`, or of its newest sound one.
 
     Raises:
         NoSuchRun: nothing was committed there. CheckpointError: no such step, or it is damaged.
     """
-    with tempfile.TemporaryDirectory(prefix="tessera-model-") as local:
-        return _fetch_card(run, step, Path(local), {WEIGHTS}), load_file(Path(local) / WEIGHTS)
+    checkpoints = Checkpoints(run)
+    return _newest(checkpoints, step, lambda commit: (_read_card(checkpoints, commit), read_weights(checkpoints, commit)))
 
 
 def find_card(run: Storage, step: int | None = None) -> ModelCard:
     """The card alone; raises as `find_model`."""
-    with tempfile.TemporaryDirectory(prefix="tessera-model-") as local:
-        return _fetch_card(run, step, Path(local), set())
-
-
-def _fetch_card(run: Storage, step: int | None, into: Path, others: set[str]) -> ModelCard:
-    """Fetch the card, and `others` of the checkpoint's files, below `into`; a damaged one is passed over where no step is asked for."""
     checkpoints = Checkpoints(run)
-    steps = checkpoints.steps() if step is None else [step]
-    if not steps:
-        raise NoSuchRun(f"run {run.url}: there is no committed checkpoint here")
-    while steps:
+    return _newest(checkpoints, step, lambda commit: _read_card(checkpoints, commit))
+
+
+def _newest(checkpoints: Checkpoints, step: int | None, read: Callable[[Commit], T]) -> T:
+    """What `read` makes of the newest checkpoint, or that at `step`; a damaged one is passed over where no step is asked for."""
+    commits = checkpoints.commits() if step is None else [checkpoints.read(step)]
+    if not commits:
+        raise NoSuchRun(f"run {checkpoints.run.url}: there is no committed checkpoint here")
+    while True:
         try:
-            checkpoints.fetch(checkpoints.read(steps.pop()), into, {CARD, *others})
-            break
+            return read(commits.pop())
         except CheckpointError as e:
-            if not steps:
+            if not commits:
                 raise
             say(f"warning: {e}; the checkpoint before it is used")
-    values = json.loads((into / CARD).read_text())
+
+
+def _read_card(checkpoints: Checkpoints, commit: Commit) -> ModelCard:
+    values = json.loads(checkpoints.fetch(commit, CARD))
     return ModelCard(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def read_weights(checkpoints: Checkpoints, commit: Commit, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """The fp32 parameters and the buffers of a checkpoint, put together from all ranks' parts: all, or those of `names`.
+
+    Raises:
+        CheckpointError: something is missing or damaged.
+    """
+    shapes = {name: s for name, s in read_shapes(checkpoints, commit).items() if names is None or name in names}
+    indices = checkpoints.indices(commit)
+    dtypes = {(p.key, p.name): p.torch_dtype for index in indices for p in index.pieces}
+    wanted = []
+    for name, shape in shapes.items():
+        key = WEIGHT if (WEIGHT, name) in dtypes else BUFFER
+        if (key, name) not in dtypes:
+            raise CheckpointError(f"checkpoint {checkpoints.directory.url}/{commit.prefix}: holds no {name}")
+        wanted.append(Fragment(key, name, 0, torch.empty(math.prod(shape), dtype=dtypes[key, name])))
+    read_into(checkpoints, commit, indices, wanted)
+    full = {f.name: f.tensor.view(shapes[f.name]) for f in wanted}
+    return {name: t.float() if t.is_floating_point() else t for name, t in full.items()}
+
+
+def read_shapes(checkpoints: Checkpoints, commit: Commit) -> dict[str, list[int]]:
+    """Of each parameter and buffer; raises as `read_weights`."""
+    return json.loads(checkpoints.fetch(commit, STATE))["engine"]["shapes"]
 
 
 def split_url(url: str) -> tuple[str, int | None]:

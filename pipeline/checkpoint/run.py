@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.checkpoint.commit import Checkpoints
 from pipeline.config import Config, fingerprint
 from pipeline.config.load import parse_config, parse_yaml
 from pipeline.config.schema import Data
@@ -25,6 +26,7 @@ _FREE = (
     "storage",
     "evaluate",
     "pretrain.save",
+    "pretrain.zero",
     "pretrain.validate",
     "pretrain.log",
     "pretrain.loader.workers",
@@ -34,7 +36,9 @@ _FREE = (
 )
 
 # What Tessera itself puts into a run directory; shards may be there before the run is, and stay after --fresh.
-_PARTS = ("checkpoints", "evaluation", "palette.npy", "report", "run.yaml", "shards", "spool", "timings.json", "tokenizer.json")
+_OWN = ("evaluation", "goodput", "palette.npy", "report", "requests", "timings.json", "tokenizer.json", "run.yaml")
+_PARTS = (*_OWN, "checkpoints", "shards", "spool")
+PAGE = "report/index.html"
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def claim_run(config: Config, fresh: bool = False) -> Run:
     directory = run_directory(config)
     there = check_claim(config, fresh)
     if fresh:
-        for part in ("checkpoints", "evaluation", "palette.npy", "report", "timings.json", "tokenizer.json", "run.yaml"):
+        Checkpoints(directory).clear()
+        for part in _OWN:
             directory.remove(part)
     if there is None or fresh:
         record: dict[str, Any] = {"id": uuid.uuid4().hex, "owner": _owner(), "config": config.model_dump(mode="json", by_alias=True)}
@@ -156,9 +161,13 @@ def _as_of_today(old: dict[str, Any], directory: Storage) -> dict[str, Any]:
 
 def find_run(url: str, endpoint: str | None = None) -> dict[str, Any]:
     """The config values of the run at `url`. Raises NoSuchRun where there is none."""
-    directory = Storage(url, endpoint)
+    return find_record(url, endpoint)["config"]
+
+
+def find_record(url: str, endpoint: str | None = None) -> dict[str, Any]:
+    """{id, owner, config} of the run at `url`; raises as `find_run`."""
     try:
-        return _read(directory)["config"]
+        return _read(Storage(url, endpoint))
     except FileNotFoundError:
         raise NoSuchRun(f"run {url}: there is no run here (no run.yaml)") from None
 

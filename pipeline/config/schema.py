@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Quantity, Section, Span
+from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Quantity, Section, Span, Time
 from pipeline.core import units
 
 
@@ -21,6 +21,9 @@ class StorageSection(Section):
     _plain_key: str = "url"
     url: str
     endpoint: str | None = None
+    conditional: Flag = Field(
+        True, description="false accepts a store that overwrites where it was asked not to: two jobs may then collide"
+    )
 
 
 class Tracking(Section):
@@ -38,13 +41,30 @@ class Cluster(Section):
     workers: Count | None = Field(None, description="training processes; default: one a GPU, or two where there is none")
     gpus: Annotated[int, Field(ge=0)] | None = None
     min_gpus: Annotated[int, Field(ge=0)] | None = None
-    retries: Annotated[int, Field(ge=0)] = Field(3, description="restarts of a failed group of workers")
+    min_workers: Count | None = Field(None, description="go on with fewer workers than asked for, down to so many, while machines are gone")
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="restarts of a failed group of workers, in a row without a new checkpoint")
+    wait: Time = Field(units.Duration(10, "minute"), description="how long to wait, after a failure, for machines to come back")
+    price: Positive | None = Field(None, description="money an hour of one worker (a GPU, or a worker on CPUs), for the goodput ledger")
+    currency: str = Field("USD", description="of the price: a word for it")
     python: str = Field("python", description="the interpreter on the cluster's machines")
     env: list[str] = Field([], description="names of environment variables that the job gets from the submitter, such as keys of the store")
 
     @property
     def is_local(self) -> bool:
         return self.name == "local"
+
+    @model_validator(mode="after")
+    def _least_is_no_more(self) -> Cluster:
+        if self.min_gpus is not None and self.gpus is None:
+            raise ValueError(f"min_gpus: {self.min_gpus} is the least of cluster.gpus, which is not given")
+        pairs = [("min_gpus", "gpus", ""), ("min_workers", "workers", "")]
+        if self.gpus:
+            pairs += [("min_workers", "gpus", ", and each worker has one"), ("min_gpus", "workers", ", and each has one GPU")]
+        for least, most, why in pairs:
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{least}: {low} is the least of cluster.{most}, which is {high}{why}")
+        return self
 
 
 class Source(Section):
@@ -217,12 +237,50 @@ class Schedule(Section):
 
 
 class Zero(Section):
+    """What the ranks share among them (Rajbhandari et al. 2020): nothing; the optimiser's state; gradients too; parameters too."""
+
     stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer"] = Field("none", description="keeps the optimiser's state, and its step, in the host's memory")
+
+    @model_validator(mode="after")
+    def _offloads_what_is_shared(self) -> Zero:
+        if self.offload != "none" and self.stage == 0:
+            raise ValueError(f"offload: {self.offload!r} needs a stage of 1, 2 or 3")
+        return self
+
+
+class Best(Section):
+    """The checkpoint with the best of a validation metric."""
+
+    _plain_key = "metric"
+
+    metric: str = "validate/loss"
+    is_higher_better: Flag = Field(False, alias="higher")
+
+    @field_validator("metric")
+    @classmethod
+    def _is_of_validation(cls, metric: str) -> str:
+        if not re.fullmatch(r"validate/\S+", metric):
+            raise ValueError("is no metric of validation; these begin with validate/, such as validate/loss")
+        return metric
 
 
 class Save(Section):
-    every: Interval = units.Duration(10, "minute")
-    keep: Count = 3
+    """`every: auto` works the interval out from what a save costs and how often machines fail."""
+
+    every: Interval | Literal["auto"] = units.Duration(10, "minute")
+    keep: Count = Field(3, description="the newest checkpoints that stay")
+    permanent: Span | None = Field(None, description="checkpoints at its multiples stay for ever")
+    best: Best | None = Field(None, description="the best by a validation metric stays")
+    retry: Time = Field(units.Duration(10, "minute"), description="how long an upload that fails is tried again")
+    patience: Time = Field(units.Duration(2, "hour"), description="after so long without a checkpoint the run ends")
+    notice: Time | None = Field(None, description="how long before it goes a machine is told to; a save must fit into it")
+
+    @model_validator(mode="after")
+    def _patience_outlasts_retry(self) -> Save:
+        if self.patience.seconds < self.retry.seconds:
+            raise ValueError(f"patience: {self.patience} is shorter than pretrain.save.retry, which is {self.retry}; give as much or more")
+        return self
 
 
 class Validate(Section):
@@ -255,6 +313,12 @@ class Pretrain(Section):
     def _batch_divides(self) -> Pretrain:
         if self.batch % self.micro_batch:
             raise ValueError(f"batch: {self.batch} is not a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Pretrain:
+        if self.save.best and not self.validation:
+            raise ValueError(f"save.best: {self.save.best.metric} is measured by validation, and there is no section pretrain.validate")
         return self
 
 

@@ -34,11 +34,19 @@ def _interval(value: object) -> units.Duration:
     return duration
 
 
+def _time(value: object) -> units.Duration:
+    duration = _interval(value)
+    if not duration.is_time:
+        raise ValueError("must be a time, such as '2 minutes' (units: seconds, minutes, hours, days)")
+    return duration
+
+
 _DURATION_SCHEMA = WithJsonSchema(
     {"type": "string", "pattern": units.DURATION_PATTERN, "examples": ["90 epochs", "400M samples", "20000 steps"]}
 )
 Span = Annotated[units.Duration, BeforeValidator(_count), PlainSerializer(str), _DURATION_SCHEMA]  # epochs, samples or steps
 Interval = Annotated[units.Duration, BeforeValidator(_interval), PlainSerializer(str), _DURATION_SCHEMA]  # those, or a time
+Time = Annotated[units.Duration, BeforeValidator(_time), PlainSerializer(str), _DURATION_SCHEMA]
 Bytes = Annotated[
     int,
     BeforeValidator(units.parse_bytes),

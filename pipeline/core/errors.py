@@ -72,6 +72,22 @@ class InfrastructureError(TesseraError):
     exit_code = ExitCode.INFRASTRUCTURE
 
 
+class Unsaved(InfrastructureError):
+    """Nothing could be saved for too long; the same command goes on from the last checkpoint, once the store takes some again."""
+
+
+class Fenced(TesseraError):
+    """Another job has taken up the run; this one must write nothing any more. Not to be retried."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class Preempted(TesseraError):
+    """The machine was asked for back. All is saved; the same command goes on."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
 class Diverged(TesseraError):
     exit_code = ExitCode.DIVERGED
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_random_exponential
 
 from pipeline.core.errors import InfrastructureError, StorageError
 from pipeline.core.progress import say
@@ -18,7 +18,8 @@ _GONE = 2  # attempts where the store says that there is no such object
 
 
 def retrying(what: str, action: Callable[[], T]) -> T:
-    """The result of `action`, tried again where the store fails (errors 5xx, slow-down, resets, time-outs).
+    """The result of `action`, tried again where the store fails (errors 5xx, slow-down, resets, time-outs). `what` is read, as a sentence
+    about it begins: "data s3://..", "checkpoint s3://..".
 
     Raises:
         FileNotFoundError: the store says so twice. InfrastructureError: the store kept failing. CredentialsError: at once.
@@ -33,7 +34,24 @@ def retrying(what: str, action: Callable[[], T]) -> T:
     try:
         return retry(action)
     except StorageError as e:
-        raise InfrastructureError(f"data {what}: could not be read in {ATTEMPTS} attempts ({e})") from e
+        raise InfrastructureError(f"{what}: could not be read in {ATTEMPTS} attempts ({e})") from e
+
+
+def insist(action: Callable[[], T], patience: float, told: Callable[[str], None]) -> T:
+    """The result of `action`, tried again for `patience` seconds where the store fails; `told` hears of the first failure, the fourth and
+    each tenth. Raises the last StorageError then, and anything else at once."""
+    return Retrying(
+        retry=retry_if_exception_type(StorageError),
+        wait=wait_random_exponential(multiplier=2 * _PAUSE, max=2 * _LONGEST),
+        stop=stop_after_delay(patience),
+        before_sleep=lambda state: _tell_some(told, state),
+        reraise=True,
+    )(action)
+
+
+def _tell_some(told: Callable[[str], None], state: RetryCallState) -> None:
+    if state.attempt_number in (1, 4) or state.attempt_number % 10 == 0:
+        told(f"{state.outcome.exception() if state.outcome else None}; trying again")
 
 
 def _enough(state: RetryCallState) -> bool:

@@ -4,7 +4,8 @@ The only user of fsspec. What a reader may rely on:
 
 - `write` and `put` publish a whole object or nothing: local files are written beside their name, synced and renamed;
   object stores publish a finished upload only.
-- `create` succeeds for exactly one of many writers (a hard link on files, `If-None-Match: *` on S3).
+- `create` succeeds for exactly one of many writers (a hard link on files, `If-None-Match: *` on S3 and Azure, generation 0 on Google);
+  `is_conditional` finds out whether a store keeps to it.
 - nothing is cached: a listing shows what other processes have written since.
 - failures that a person can mend (no permission, no space, no such bucket, nobody answers) become `StorageError`.
 """
@@ -16,17 +17,18 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.core import split_protocol
 
+from pipeline.core import stores
 from pipeline.core.errors import CredentialsError, StorageError
 
+_OTHER_STORES = ("gs", "gcs", "abfs", "abfss", "az")
 _S3_OPTIONS: dict[str, Any] = {
-    "use_listings_cache": False,
     "config_kwargs": {
         "connect_timeout": 5,
         "read_timeout": 20,
@@ -42,7 +44,13 @@ _DENIED = (
     "ExpiredToken",
     "Forbidden",
     "InvalidClientTokenId",
+    "AuthenticationFailed",
+    "AuthorizationFailure",
+    "ClientAuthenticationError",
+    "DefaultCredentialsError",
+    "RefreshError",
 )
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "azure", "gcsfs", "google")  # libraries whose errors need not be OSErrors
 
 
 class Storage:
@@ -71,8 +79,10 @@ class Storage:
     def fs(self) -> Any:
         # An instance reused after a fork raises in s3fs; a new process opens its own.
         if self._fs is None or self._pid != os.getpid():
-            options = dict(_S3_OPTIONS) if self.protocol in ("s3", "s3a") else {}
-            if self.endpoint and self.protocol not in ("http", "https"):
+            options: dict[str, Any] = {"use_listings_cache": False} if self.protocol in (*stores.S3, *_OTHER_STORES) else {}
+            if self.protocol in stores.S3:
+                options |= _S3_OPTIONS
+            if self.endpoint and self.protocol in (*stores.S3, "gs", "gcs"):
                 options["endpoint_url"] = self.endpoint
             try:
                 self._fs = fsspec.filesystem(self.protocol, **options)
@@ -109,7 +119,7 @@ class Storage:
         with self._explained("read", key):
             try:
                 return self.fs.cat_file(self._at(key), start=start, end=end)
-            except OSError as e:
+            except Exception as e:
                 if "InvalidRange" in f"{e} {e.__cause__}" or "Range Not Satisfiable" in str(e):
                     return b""  # it ends before `start`
                 raise
@@ -117,6 +127,16 @@ class Storage:
     def exists(self, key: str = "") -> bool:
         with self._explained("read", key):
             return bool(self.fs.exists(self._at(key)))
+
+    def size(self, key: str) -> int:
+        """Bytes of an object. Raises FileNotFoundError where there is no such object."""
+        with self._explained("read", key):
+            return int(self.fs.info(self._at(key))["size"])
+
+    def head(self, key: str) -> stores.Head:
+        """The size of an object, and the checksum that the store has of it. Raises FileNotFoundError where there is no such object."""
+        with self._explained("read", key):
+            return stores.head(self.fs, self.protocol, self._at(key))
 
     def names(self, key: str = "") -> list[str]:
         """Sorted names of what lies directly in a directory; empty where there is none."""
@@ -150,24 +170,16 @@ class Storage:
                 self.fs.pipe_file(self._at(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Publish `data` under `key` unless something is there already; tells whether this call did it."""
+        """Publish `data`, which no other writer has, under `key` unless something is there already; tells whether this call did it."""
         with self._explained("write", key):
-            if self.is_local:
-                temporary = self._beside(key, data)
-                try:
-                    os.link(temporary, self._at(key))
-                    self._sync_directory(key)
-                    return True
-                except FileExistsError:
-                    return False
-                finally:
-                    os.unlink(temporary)
             try:
-                self.fs.pipe_file(self._at(key), data, mode="create")
+                self._link(key, data) if self.is_local else self.fs.pipe_file(self._at(key), data, mode="create")
                 return True
             except FileExistsError:
-                # The client's own retry meets its own write when a reply was lost: compare before giving up.
-                return self.fs.cat_file(self._at(key)) == data
+                # Where a reply was lost, the client of a store, or of NFS, asks again and meets its own write: compare before giving up.
+                with suppress(FileNotFoundError):  # removed meanwhile: another's
+                    return self.fs.cat_file(self._at(key)) == data
+                return False
 
     def put(self, local: Path, key: str) -> None:
         """Publish a local file under `key`."""
@@ -186,7 +198,8 @@ class Storage:
                     Path(temporary).unlink(missing_ok=True)
                     raise
             else:
-                self.fs.put_file(str(local), self._at(key))
+                options = {"chunksize": stores.part_size(os.path.getsize(local))} if self.protocol in stores.S3 else {}
+                self.fs.put_file(str(local), self._at(key), **options)
 
     def remove(self, key: str = "") -> None:
         """Remove an object, or a directory and all below it; nothing happens where there is none."""
@@ -196,6 +209,12 @@ class Storage:
             except FileNotFoundError:
                 return
 
+    def abort_uploads(self, prefix: str) -> int:
+        """Give up what a killed process left of uploads to S3, in parts, of keys that begin with `prefix`; tells how many there were. Such
+        parts are in no listing, and paid for. Other stores drop theirs by themselves, and so does MinIO, which does not list them."""
+        with self._explained("remove", prefix):
+            return stores.abort_uploads(self.fs, self._at(prefix)) if self.protocol in stores.S3 else 0
+
     def check_writable(self) -> None:
         """Raises StorageError, with the reason, unless an object can be written and removed here."""
         probe = f".probe-{uuid.uuid4().hex}"
@@ -204,6 +223,23 @@ class Storage:
             self.remove(probe)
         except (StorageError, CredentialsError) as e:
             raise type(e)(str(e).replace(f"/{probe}", "")) from e
+
+    def is_conditional(self) -> bool:
+        """Whether `create` holds here: some S3 servers take the condition and ignore it. Found out with an object that is removed again."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            return self.create(probe, b"first") and not self.create(probe, b"second") and self.read(probe) == b"first"
+        finally:
+            self.remove(probe)
+
+    def _link(self, key: str, data: bytes) -> None:
+        """Raises FileExistsError where there is a file."""
+        temporary = self._beside(key, data)
+        try:
+            os.link(temporary, self._at(key))
+            self._sync_directory(key)
+        finally:
+            os.unlink(temporary)
 
     def _beside(self, key: str, data: bytes | None) -> str:
         """A new temporary file in the directory of `key`, holding `data`, synced to disk."""
@@ -248,6 +284,6 @@ class Storage:
                 raise
             if isinstance(e, PermissionError):
                 raise StorageError(f"{where}: no permission to {action}") from e
-            if isinstance(e, OSError) or type(e).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+            if isinstance(e, OSError) or type(e).__module__.split(".")[0] in _CLIENTS:
                 raise StorageError(f"{where}: cannot {action} ({text})") from e
             raise

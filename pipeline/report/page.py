@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
 
 from pipeline import __version__
+from pipeline.checkpoint.run import PAGE
 from pipeline.config import Config
 from pipeline.core.storage import Storage
 from pipeline.core.units import format_bytes, format_seconds
 from pipeline.evaluate import PROTOCOLS, Result
 from pipeline.report.view import Shown, gather
 
-NAMED_DROPS, NAMED_CLASSES = 12, 40
-PATH = "report/index.html"
+NAMED_DROPS, NAMED_CLASSES, NAMED_JOBS = 12, 40, 50
 
 
 def write_report(run: Storage, config: Config, dataset_url: str | None, command: str) -> str:
     """Publish the page as `<run>/report/index.html`; its URL."""
-    run.write(PATH, build_report(run, config, dataset_url, command).encode())
-    return f"{run.url}/{PATH}"
+    run.write(PAGE, build_report(run, config, dataset_url, command).encode())
+    return f"{run.url}/{PAGE}"
 
 
 def write_joint_report(runs: Sequence[Shown], command: str) -> str:
     """Publish one page of several runs in the place of the first's own; its URL."""
     run = runs[0].run
-    run.write(PATH, build_joint_report(runs, command).encode())
-    return f"{run.url}/{PATH}"
+    run.write(PAGE, build_joint_report(runs, command).encode())
+    return f"{run.url}/{PAGE}"
 
 
 def build_report(run: Storage, config: Config, dataset_url: str | None, command: str) -> str:
@@ -57,8 +58,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": _percent, "seconds": format_seconds, "bytes": format_bytes, "called": _called, "explain": _explain}
-    environment.globals |= {"version": __version__, "named_drops": NAMED_DROPS, "named_classes": NAMED_CLASSES}
+    environment.filters |= {
+        "percent": _percent, "seconds": format_seconds, "bytes": format_bytes, "utc": _utc, "called": _called, "explain": _explain,
+    }  # fmt: skip
+    environment.globals |= {
+        "version": __version__, "named_drops": NAMED_DROPS, "named_classes": NAMED_CLASSES, "named_jobs": NAMED_JOBS,
+    }  # fmt: skip
     return environment
 
 
@@ -93,6 +98,11 @@ def _explain(result: Result) -> str:
             return f"logistic regression on the layer that is best on held-out images; on the last one it gets {_percent(last['top1'])}"
         case _:
             return PROTOCOLS.get(result.protocol, "")
+
+
+def _utc(seconds: float) -> str:
+    """Seconds since 1970 as `2026-05-01 13:05 UTC`."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _percent(fraction: float, digits: int = 1) -> str:

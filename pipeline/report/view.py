@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.checkpoint import ModelCard, read_history
+from pipeline.checkpoint.goodput import Goodput, Job, read_jobs, summarise
 from pipeline.checkpoint.model import find_card
+from pipeline.checkpoint.run import find_record
 from pipeline.config import Config, fingerprint
 from pipeline.core.errors import NoSuchRun
 from pipeline.core.storage import Storage
@@ -78,6 +80,8 @@ class View:
     manifest: Manifest | None
     source: str
     samples: list[Picture]
+    goodput: Goodput | None
+    jobs: list[Job]
     spans: list[Span]
     config_text: str
     config_hash: str
@@ -89,6 +93,7 @@ def gather(shown: Shown) -> View:
     results, history, card = read_results(run), read_history(run), _find_card(run)
     manifest, samples = _read_data(config, dataset_url)
     predicted, wrong, right = _read_predictions(results, config.storage.endpoint)
+    jobs = _read_jobs(run)
     return View(
         name=config.name,
         config=config,
@@ -106,6 +111,8 @@ def gather(shown: Shown) -> View:
         manifest=manifest,
         source=redact(manifest.source) if manifest else "",
         samples=samples,
+        goodput=summarise(jobs, config.cluster.price, config.cluster.currency) if jobs else None,
+        jobs=jobs,
         spans=_spans(run),
         config_text=_config_text(config),
         config_hash=fingerprint(config),
@@ -178,7 +185,17 @@ def _facts(config: Config, card: ModelCard | None, manifest: Manifest | None, hi
     if manifest:
         facts.append(("images", f"{manifest.written:,}"))
         facts.append(("classes", f"{len(manifest.classes):,}"))
+    if not config.storage.conditional:
+        facts.append(("store", "takes no conditions: two jobs of this run could collide"))
     return facts
+
+
+def _read_jobs(run: Storage) -> list[Job]:
+    try:
+        run_id = find_record(run.url, run.endpoint)["id"]
+    except NoSuchRun:
+        run_id = None
+    return read_jobs(run, run_id)
 
 
 def _spans(run: Storage) -> list[Span]:

@@ -189,8 +189,8 @@ class _Ranges(io.RawIOBase):
     """A remote file, to be read from anywhere; some ranges of it are fetched at once, in parallel."""
 
     def __init__(self, directory: Storage, size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        url = f"{directory.url}/{FILE}"
-        self._fetch = lambda start, end: retrying(url, lambda: directory.read_range(FILE, start, end))
+        what = f"data {directory.url}/{FILE}"
+        self._fetch = lambda start, end: retrying(what, lambda: directory.read_range(FILE, start, end))
         self._size, self._position = size, 0
         with ThreadPoolExecutor(_REQUESTS) as pool:
             self._held = [(start, data) for (start, _), data in zip(ranges, pool.map(lambda r: self._fetch(*r), ranges), strict=True)]

@@ -80,18 +80,18 @@ def read_indices(
 
 
 def _read_index(directory: Storage, record: ShardRecord, columns: Sequence[str]) -> pa.Table:
-    where = f"{directory.url}/{record.index_name}"
+    where = f"data {directory.url}/{record.index_name}"
     try:
         # Not by way of the machine's cache: a look at all of them would push out what training has there.
         file = pq.ParquetFile(io.BytesIO(retrying(where, lambda: directory.read(record.index_name))))
         lacking = [name for name in INDEX_SCHEMA.names if name not in file.schema_arrow.names]
         if lacking:
-            raise DataError(f"data {where}: there is no column {lacking[0]!r}")
+            raise DataError(f"{where}: there is no column {lacking[0]!r}")
         return file.read(columns=list(columns) or numeric(file.schema_arrow), use_threads=False)
     except FileNotFoundError:
-        raise DataError(f"data {where}: is missing") from None
+        raise DataError(f"{where}: is missing") from None
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"data {where}: cannot be read ({e})") from e
+        raise DataError(f"{where}: cannot be read ({e})") from e
 
 
 def open_split(url: str, split: str | None, endpoint: str | None) -> Dataset:

@@ -180,7 +180,7 @@ class Dataset:
 
     def _fetcher(self, index: Index, start: int, end: int) -> Callable[[], bytes]:
         name = index.record.name
-        return lambda: retrying(f"{self.directory.url}/{name}", lambda: self.directory.read_range(name, start, end))
+        return lambda: retrying(f"data {self.directory.url}/{name}", lambda: self.directory.read_range(name, start, end))
 
     def _bytes(self, shard: int, index: Index, row: int, again: bool) -> bytes:
         if shard in self._missing:  # each of its samples would ask for it again, for seconds
@@ -242,12 +242,12 @@ class Dataset:
             raise DataError(f"data {self.directory.url}/{self.shards[shard].name}: {e}") from e
 
     def _index_bytes(self, record: ShardRecord) -> bytes:
-        url = f"{self.directory.url}/{record.index_name}"
+        what = f"data {self.directory.url}/{record.index_name}"
         if self.directory.is_local:
-            return retrying(url, lambda: self.directory.read(record.index_name))
+            return retrying(what, lambda: self.directory.read(record.index_name))
         # By range, since S3's client asks for the size first otherwise.
         return self.cache.read(
-            self._index_part(record), lambda: retrying(url, lambda: self.directory.read_range(record.index_name, 0, _WHOLE))
+            self._index_part(record), lambda: retrying(what, lambda: self.directory.read_range(record.index_name, 0, _WHOLE))
         )
 
     def _index_part(self, record: ShardRecord) -> str:

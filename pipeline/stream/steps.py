@@ -198,10 +198,10 @@ def _newest_state(run: Storage) -> tuple[int, dict[str, Any] | None]:
             continue  # not finished, or set aside
         where = f"checkpoint {checkpoints.url}/step-{step}"
         try:
-            state = json.loads(checkpoints.read(f"step-{step}/{json.loads(commit)['attempt']}/loader.json"))
+            state = json.loads(checkpoints.read(f"step-{step}/{json.loads(commit)['attempt']}/state.json"))["loader"]
             return step, {name: state[name] for name in ("consumed", "view", "replaced")}
         except FileNotFoundError:
-            raise CheckpointError(f"{where}: holds no loader.json; an older version wrote it, or it is damaged") from None
+            raise CheckpointError(f"{where}: holds no state.json; an older version wrote it, or it is damaged") from None
         except (ValueError, LookupError, TypeError) as e:
             raise CheckpointError(f"{where}: its loader's state cannot be read ({e!r})") from e
     return 0, None

@@ -1,148 +1,193 @@
-"""Pre-training as a Ray Train job: a group of workers, restarted from the last commit when one of them dies."""
+"""Pre-training on Ray: groups of workers, one after the other, each as large as there is room for."""
 
 from __future__ import annotations
 
-import tempfile
-import threading
+import socket
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipeline.checkpoint import Run
+from pipeline.checkpoint import Checkpoints, Run
 from pipeline.config.schema import Cluster
-from pipeline.core.errors import ConfigError, Diverged, InfrastructureError, StageFailed, TesseraError, UserError, find_error
-from pipeline.core.progress import Event, emit, say, set_sink
-from pipeline.core.world import World
+from pipeline.core.errors import ConfigError, InfrastructureError, Preempted, StorageError
+from pipeline.core.progress import say
+from pipeline.train.group import Trouble, leaving_machines, train_group
+from pipeline.train.keeper import Signals
 
-_LOOK_EVERY = 0.5  # seconds
-# Raised by code that is wrong, not by a machine that failed; a rank whose peer died sees a RuntimeError.
-_DEFECTS = (ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError, ArithmeticError)
-
-
-class Relay:
-    """Carries what the workers say to the process that the person looks at, and an error that no restart would mend."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._error: TesseraError | None = None
-        self._seconds: dict[str, float] = {}
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def fail(self, error: TesseraError) -> None:
-        self._error = self._error or error
-
-    def error(self) -> TesseraError | None:
-        return self._error
-
-    def finish(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
-
-    def seconds(self) -> dict[str, float]:
-        return self._seconds
+_LOOK_EVERY = 2.0  # seconds
+_SETTLED = 5.0  # seconds without a change
+_HOLD = 600.0  # seconds without a larger group, after one that got no places
+_KNOCK = 3.0  # seconds that a machine may take to answer
+_KNOCKS = 32  # at a time
+_PAUSE, _LONGEST = 2.0, 60.0  # seconds before the group that follows the first failure in a row, twice as many before each next one
 
 
 def count_workers(cluster: Cluster) -> int:
-    """Training processes on the Ray that this process is connected to; raises as `choose_workers`."""
+    """Training processes on the Ray that this process is connected to, had it no other work; raises as `choose_workers`."""
     has = ray.cluster_resources()
     return choose_workers(cluster, int(has.get("GPU", 0)), int(has.get("CPU", 1)))
 
 
 def choose_workers(cluster: Cluster, gpus: int, cores: int) -> int:
-    """Training processes on a cluster of so many GPUs and cores: as the config says, else one a GPU, else two.
+    """Training processes on a cluster of so many GPUs and cores: as the config says, else one a GPU, else two, and never fewer than the
+    least that it allows.
 
     Raises:
         ConfigError: the cluster has not as many GPUs or cores.
     """
-    least = cluster.gpus if cluster.min_gpus is None else cluster.min_gpus
-    if least and gpus < least:
-        raise ConfigError(f"cluster.{'gpus' if cluster.min_gpus is None else 'min_gpus'}: {least} are asked for, the cluster has {gpus}")
+    if cluster.gpus:
+        key = "min_gpus" if cluster.min_gpus is not None else "min_workers" if cluster.min_workers else "gpus"
+        if gpus < (least := getattr(cluster, key)):
+            raise ConfigError(f"cluster.{key}: {least} are asked for, the cluster has {gpus} GPU{'' if gpus == 1 else 's'}")
     usable = gpus if cluster.gpus is None else min(gpus, cluster.gpus)
-    wanted = cluster.workers or usable or min(2, cores)
-    if wanted > (usable or cores):
-        has = f"{usable} GPUs" if usable else f"{cores} cores"
-        raise ConfigError(f"cluster.workers: {wanted} are asked for, and there are {has} for them")
-    return wanted
+    room, has = (usable, "GPUs") if usable else (cores, "cores")
+    wanted = cluster.workers or usable or max(min(2, cores), cluster.min_workers or 0)
+    if cluster.min_workers:
+        key, least = "min_workers", cluster.min_workers
+    else:
+        key, least = "workers", wanted if cluster.min_gpus is None else min(1, wanted)
+    if room < least:
+        raise ConfigError(f"cluster.{key}: {least} are asked for, and there are {room} {has} for them")
+    return min(wanted, room)
 
 
-def pretrain(run: Run) -> dict[str, float]:
-    """Train `run` on the Ray cluster that this process is connected to. Gives seconds by part of the work.
+class Places:
+    """How many workers there is room for just now, beside what others run on the same Ray."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        # For the whole of a job: one that began on GPUs does not go on with a few cores where those are gone.
+        self.use_gpu = cluster.gpus != 0 and ray.cluster_resources().get("GPU", 0) > 0
+        self._most, self._until = 0, 0.0  # no larger group, until then; by the monotonic clock
+
+    def possible(self, own: Sequence[str] = ()) -> tuple[int, int]:
+        """Up to what the config asks for, and 0 where that is fewer than it allows: workers that have room beside what else runs, and those
+        that would have, did nothing else. On machines that are about to be taken back there is none; `own` are the Ray ids of the machines
+        of the workers that run already, one each, whose places count as free."""
+        leaving, free, mine = leaving_machines(), ray._private.state.available_resources_per_node(), Counter(own)
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        left = whole = 0
+        with ThreadPoolExecutor(min(_KNOCKS, max(1, len(nodes)))) as pool:
+            for node, is_there in zip(nodes, pool.map(_answers, nodes), strict=True):
+                if is_there:
+                    left += mine[node["NodeID"]] + self._count(free.get(node["NodeID"], {}))
+                    whole += self._count(node["Resources"])
+        if time.monotonic() < self._until:
+            left = min(left, self._most)
+        return self._choose(left), self._choose(whole)
+
+    def find_fewer(self, workers: int, started: int) -> int:
+        """After a group of `workers` waited for its places in vain, a smaller one that the config allows, and that nothing larger is to
+        follow for a while: of `started`, the last that did start, or of half; 0 where there is none."""
+        sizes = (started, *range(max(1, workers // 2), workers))
+        fewer = next((size for size in sizes if 0 < size < workers and self._choose(size) == size), 0)
+        if fewer:
+            self._most, self._until = fewer, time.monotonic() + _HOLD
+        return fewer
+
+    def _count(self, resources: Mapping[str, float]) -> int:
+        cores = resources.get("CPU", 0)
+        return int(min(cores, resources.get("GPU", 0)) if self.use_gpu else cores)  # a worker on a GPU takes a core, too
+
+    def _choose(self, room: int) -> int:
+        try:
+            return choose_workers(self.cluster, *((room, 0) if self.use_gpu else (0, room)))
+        except ConfigError:
+            return 0
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether a machine takes connections. Ray finds out that one is gone after some failed health checks, 15 seconds to a minute, and a
+    group that counted on it meanwhile would wait for it in vain."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_KNOCK).close()
+    except OSError:
+        return False
+    return True
+
+
+def pretrain(run: Run, signals: Signals) -> dict[str, float]:
+    """Train `run` on the Ray cluster that this process is connected to, with as many workers as there is room for, between the least and
+    the most that the config allows. Gives seconds by part of the work.
+
+    A group whose workers die is followed by another that goes on from the last commit; one that could be larger ends at its next save.
 
     Raises:
-        TesseraError: a worker's own; InfrastructureError where workers died more often than `cluster.retries`.
+        TesseraError: a worker's own; InfrastructureError where workers died more than `cluster.retries` times without a new checkpoint
+            between, or too few came back; Preempted where `signals` ask for the end.
     """
-    cluster = run.config.cluster
-    workers = count_workers(cluster)
-    use_gpu = cluster.gpus != 0 and ray.cluster_resources().get("GPU", 0) > 0
-    say(f"pretrain     starting {workers} worker{'' if workers == 1 else 's'} ({'GPU' if use_gpu else 'CPU'})")
-    relay = ray.remote(num_cpus=0)(Relay).remote()
-    done = threading.Event()
-    printer = threading.Thread(target=_show, args=(relay, done), daemon=True)
-    printer.start()
-    try:
-        with tempfile.TemporaryDirectory(prefix="tessera-train-") as scratch:
-            TorchTrainer(
-                _worker,
-                train_loop_config={"run": run, "relay": relay},
-                scaling_config=ScalingConfig(
-                    num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
-                ),
-                run_config=RunConfig(name=run.id, storage_path=scratch, failure_config=FailureConfig(max_failures=cluster.retries)),
-                torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            ).fit()
-    except ray.train.TrainingFailedError as e:
-        error = ray.get(relay.error.remote()) or find_error(e)
-        raise error or InfrastructureError(f"pretrain: workers failed {cluster.retries + 1} times; the last said: {_last_line(e)}") from e
-    finally:
-        done.set()
-        printer.join()
-    error = ray.get(relay.error.remote())
-    if error:
-        raise error
-    return ray.get(relay.seconds.remote())
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """What each worker process runs."""
-    from pipeline.train.worker import run_worker, stage_tracker, use_cores
-
-    run, relay = config["run"], config["relay"]
-    if ray.get(relay.error.remote()):
-        return  # restarted after an error that no restart mends
-    context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
-    set_sink(lambda event: relay.put.remote(event))
-    use_cores(context.get_local_world_size())
-    tracker = stage_tracker(run) if world.is_main else None
-    try:
-        seconds = run_worker(run, world, tracker)
-    except (UserError, Diverged, *_DEFECTS) as e:
-        defect = StageFailed(f"pretrain: a worker failed, which no restart mends ({type(e).__name__}: {e})")
-        ray.get(relay.fail.remote(e if isinstance(e, TesseraError) else defect))
-        if tracker:
-            tracker.close("FAILED")
-        raise
-    if tracker:
-        ray.get(relay.finish.remote(seconds))
-        tracker.close()
-
-
-def _show(relay: Any, done: threading.Event) -> None:
+    cluster, checkpoints = run.config.cluster, Checkpoints(run.directory)
+    count_workers(cluster)  # a cluster that is too small as a whole is not waited for
+    places = Places(cluster)
+    workers, started, failures, before = _await_workers(places, signals), 0, 0, _newest(checkpoints)
+    seconds: Counter[str] = Counter()
     while True:
-        last = done.wait(_LOOK_EVERY)
-        for event in ray.get(relay.take.remote()):
-            emit(event)
-        if last:
-            return
+        ended = train_group(run, workers, places.use_gpu, signals, lambda own: places.possible(own)[0] > len(own))
+        seconds.update(ended.seconds)
+        if ended.is_finished:
+            return dict(seconds)
+        if ended.had_places:
+            started = workers
+        if not ended.had_places and (fewer := places.find_fewer(workers, started)):
+            say(f"warning: {workers} workers did not get their places in time, which others may have taken; going on with {fewer}")
+        elif ended.failure:
+            if signals.stop.is_set():
+                raise InfrastructureError(
+                    f"pretrain: asked to end, and a worker failed before all was saved ({ended.failure}); the same command goes on from "
+                    "the last checkpoint"
+                )
+            now = _newest(checkpoints) or before
+            failures, before = 1 if now != before else failures + 1, now
+            if failures > cluster.retries:
+                raise InfrastructureError(
+                    f"pretrain: workers failed {failures} times in a row without a new checkpoint; the last said: {ended.failure}"
+                )
+            say(f"warning: a worker failed ({ended.failure}); going on from the last checkpoint")
+            _pause(failures, signals)
+        workers = _await_workers(places, signals)
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _newest(checkpoints: Checkpoints) -> tuple[int, int] | None:
+    """Generation and step of the newest commit; (0, 0) where there is none, None where the store does not say."""
+    try:
+        commits = checkpoints.commits()
+    except StorageError:
+        return None
+    return (commits[-1].generation, commits[-1].step) if commits else (0, 0)
+
+
+def _pause(failures: int, signals: Signals) -> None:
+    """After `failures` in a row: what made one, such as a store that fails, may last longer than a group takes to start."""
+    signals.stop.wait(min(_PAUSE * 2 ** (failures - 1), _LONGEST))
+
+
+def _await_workers(places: Places, signals: Signals) -> int:
+    """The number of workers that there is room for, once it is enough. The places of a group that has just ended are given back one by one,
+    so what is less than the machines have is believed only after it has stayed the same for a few seconds.
+
+    Raises:
+        InfrastructureError: it was not for `cluster.wait`. Preempted: `signals` ask for the end.
+    """
+    wait = places.cluster.wait
+    began = changed = time.monotonic()
+    before, told, trouble = -1, False, Trouble("what machines there are is not known")
+    while True:
+        if signals.stop.is_set():
+            raise Preempted("pretrain: asked to end while no worker ran; the same command goes on from the last checkpoint")
+        workers = most = 0
+        with trouble:
+            workers, most = places.possible()
+        now = time.monotonic()
+        changed, before = (changed if workers == before else now), workers
+        if workers and (workers >= most or now - changed >= _SETTLED):
+            return workers
+        if now - began > wait.seconds:
+            raise InfrastructureError(f"cluster: after {wait} too few machines are left, or have come back, to go on training")
+        if not told and now - began >= _SETTLED:
+            say("pretrain     waiting for machines: fewer are left, or free, than the config allows")
+            told = True
+        signals.stop.wait(_LOOK_EVERY if told else _SETTLED / 10)

@@ -30,8 +30,8 @@ class Hooks(Protocol):
     def record(self, row: Row) -> None:
         """Keep one row of metrics (they are the same on every rank)."""
 
-    def after_step(self, step: int) -> None:
-        """`step` optimiser steps are done."""
+    def after_step(self, step: int, waited: float) -> None:
+        """`step` optimiser steps are done; so far this rank has waited `waited` seconds for data."""
 
 
 def train(
@@ -90,7 +90,7 @@ def train(
         with clock.paused():
             if held_out is not None and plan.validate_every and (done % plan.validate_every == 0 or done == plan.steps):
                 hooks.record({"step": done, "samples": done * config.batch, **validate(engine, objective, held_out, stream, config, world)})
-            hooks.after_step(done)
+            hooks.after_step(done, clock.waited)
 
 
 def validate(engine: Engine, objective: Objective, held_out: Dataset, stream: Stream, config: Pretrain, world: World) -> Row:
@@ -124,10 +124,11 @@ def _mean(totals: dict[str, torch.Tensor], count: int, world: World) -> Row:
 
 
 class Clock:
-    """Throughput since it was last read, with pauses (validation, saving) left out."""
+    """Throughput since it was last read, with pauses (validation, saving) left out; `waited`: seconds waited for data, ever."""
 
     def __init__(self) -> None:
         self._start, self._samples, self._waited = time.perf_counter(), 0, 0.0
+        self.waited = 0.0
 
     def count(self, samples: int) -> None:
         self._samples += samples
@@ -141,6 +142,7 @@ class Clock:
     def add(self, seconds: float, is_wait: bool) -> None:
         if is_wait:
             self._waited += seconds
+            self.waited += seconds
         else:
             self._start += seconds
 

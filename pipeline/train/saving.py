@@ -1,31 +1,31 @@
-"""Save the state of training as a checkpoint, and find the way back to it. All ranks call each function together."""
+"""Take up the state of training from a checkpoint, written by any number of ranks at any ZeRO stage. All ranks call each function together.
+
+What a checkpoint holds beside each rank's fragments: `state.json` (the loader's state, the optimiser's count of steps, the shapes of all
+tensors), `model.json` (the card), `history.jsonl` (the recorded metrics).
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard, Receipt
-from pipeline.checkpoint.commit import HISTORY, LOADER
-from pipeline.checkpoint.model import split_url, write_model
-from pipeline.config.schema import StorageSection
-from pipeline.core.errors import CheckpointError, ConfigError, Diverged, StorageError, TesseraError
+from pipeline.checkpoint import Checkpoints, Commit
+from pipeline.checkpoint.commit import ALL_DAMAGED, HISTORY, STATE
+from pipeline.checkpoint.fragments import Fragment, Index
+from pipeline.checkpoint.model import CARD, ModelCard, split_url
+from pipeline.checkpoint.read import Damaged, read_into
+from pipeline.core.errors import CheckpointError, TesseraError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.train.loop import Row
 from pipeline.train.zero import Engine
 
-_FULL = 1 << 20  # a disk with fewer bytes left than this is full
+_RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -37,82 +37,69 @@ class State:
     loader: dict[str, Any]
 
 
-def save(
-    engine: Engine, checkpoints: Checkpoints, card: ModelCard, loader: dict[str, Any], history: list[Row], keep: int, world: World
-) -> None:
-    """Write, upload and commit a checkpoint at `card.step`, then remove those beyond `keep`; `loader` is the stream's state.
+def fragments(engine: Engine, world: World) -> list[Fragment]:
+    """All that this rank saves: the engine's fragments, and the state of torch's generators. Each micro-batch seeds these anew (`loop.py`),
+    so training depends on them only in what it draws outside of one."""
+    return [*engine.fragments(), *(Fragment(_RANDOM, name, 0, state) for name, state in _generators(world).items())]
 
-    Raises:
-        TesseraError: the first rank's that could not write or upload, on every rank; nothing is committed then.
-    """
-    step = card.step
-    attempt = world.broadcast(uuid.uuid4().hex)
-    with tempfile.TemporaryDirectory(prefix="tessera-save-") as local:
-        directory = Path(local)
-        with _writing(directory):
-            engine.save(directory)
-        weights = engine.weights()
-        receipts: list[Receipt] = []
-        error: TesseraError | None = None
-        try:
-            if world.is_main:
-                _check_finite(weights, step)
-                with _writing(directory):
-                    write_model(directory, card, weights)
-                    (directory / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in history))
-                    (directory / LOADER).write_text(json.dumps(loader))
-            for file in sorted(p for p in directory.rglob("*") if p.is_file()):
-                receipts.append(checkpoints.upload(step, attempt, file.relative_to(directory).as_posix(), file))
-        except TesseraError as e:
-            error = e  # the others wait for this rank: tell them before giving up
-        _raise_first(world.gather(error))
-        everyone = [r for part in world.gather(receipts) for r in part]
-        try:
-            if world.is_main:
-                checkpoints.commit(Commit(step, loader["consumed"], attempt, world.size, engine.stage, loader["view"], everyone))
-                checkpoints.retain(keep)
-        except TesseraError as e:
-            error = e
-        _raise_first(world.gather(error))
+
+def _generators(world: World) -> dict[str, torch.Tensor]:
+    states = {f"cpu.{world.rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
+    return states
+
+
+def files(engine: Engine, card: ModelCard, loader: dict[str, Any], history: Sequence[Row]) -> dict[str, bytes]:
+    """The small files of a checkpoint; rank 0 writes them."""
+    return {
+        STATE: json.dumps({"loader": loader, "engine": engine.numbers()}).encode(),
+        CARD: card.to_json(),
+        HISTORY: "".join(json.dumps(row) + "\n" for row in history).encode(),
+    }
 
 
 def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World) -> State | None:
-    """Load the run's newest sound checkpoint into `engine`; None where there is none.
+    """Load the run's newest sound checkpoint into `engine`, and set aside the damaged ones on the way; None where there is none.
 
     Raises:
-        CheckpointError: it was saved by another number of workers, at another stage, or on other data.
+        CheckpointError: it was saved on other data, or holds another model's state; the engine is as it was. Or all are damaged: what the
+            engine holds is of no use then.
     """
+    is_spoilt = False
     while True:
-        commit = world.broadcast(_newest(checkpoints) if world.is_main else None)
+        commit = on_main(world, lambda: next(reversed(checkpoints.commits()), None))
+        if commit is None and is_spoilt:
+            raise CheckpointError(f"checkpoints of {checkpoints.run.url}: {ALL_DAMAGED}")
         if commit is None:
             return None
         try:
             return _load(engine, checkpoints, commit, view, world, "pretrain")
         except _Damaged as e:
+            is_spoilt = True
             if world.is_main:
                 checkpoints.set_aside(commit, str(e))
             world.barrier()
 
 
-def restore_from(engine: Engine, url: str, storage: StorageSection, view: str, world: World) -> State:
+def restore_from(engine: Engine, url: str, endpoint: str | None, view: str, world: World) -> State:
     """Load the checkpoint `URL` or `URL@step` of another run, and change nothing there.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it does not fit, as in `restore`.
-        ConfigError: it lies outside the config's storage. DeepSpeed's files are pickles, which run code as they are read.
     """
     where = "pretrain.start.from"
     base, step = split_url(url)
-    source, root = Storage(base, storage.endpoint), Storage(storage.url, storage.endpoint)
-    if not source.url.startswith(f"{root.url}/"):
-        raise ConfigError(f"{where}: {base} with load: all must lie in this config's storage, {root.url} (load: weights may lie anywhere)")
-    checkpoints = Checkpoints(source)
-    steps = checkpoints.steps()
-    if not steps:
-        raise CheckpointError(f"{where}: there is no committed checkpoint in {base}")
-    commit = checkpoints.read(step if step is not None else steps[-1])
+    checkpoints = Checkpoints(Storage(base, endpoint))
+
+    def find() -> Commit:
+        commits = checkpoints.commits()
+        if not commits:
+            raise CheckpointError(f"{where}: there is no committed checkpoint in {base}")
+        return commits[-1] if step is None else checkpoints.read(step)
+
     try:
-        return _load(engine, checkpoints, commit, view, world, where)
+        return _load(engine, checkpoints, on_main(world, find), view, world, where)
     except _Damaged as e:
         raise CheckpointError(f"{where}: {e}") from e
 
@@ -123,61 +110,51 @@ class _Damaged(Exception):
 
 def _load(engine: Engine, checkpoints: Checkpoints, commit: Commit, view: str, world: World, where: str) -> State:
     """Fetch, verify and load; all ranks raise `_Damaged` together where one of them finds damage."""
-    _check_fits(commit, engine, view, world, f"{where}: checkpoint {checkpoints.directory.url}/step-{commit.step}")
-    with tempfile.TemporaryDirectory(prefix="tessera-restore-") as local:
-        damage: str | None = None
-        try:
-            checkpoints.fetch(commit, Path(local))
-        except CheckpointError as e:
-            damage = str(e)
-        damages = [d for d in world.gather(damage) if d is not None]
-        if damages:
-            raise _Damaged(damages[0])
-        engine.load(Path(local))
-        history = [json.loads(line) for line in (Path(local) / HISTORY).read_text().splitlines()]
-        loader = json.loads((Path(local) / LOADER).read_text())
+    at = f"{where}: checkpoint {checkpoints.directory.url}/step-{commit.step}"
+    if commit.view != view:
+        raise CheckpointError(f"{at} was trained on other data ({commit.view[:12]}..) than the dataset there now ({view[:12]}..)")
+
+    def fetch() -> tuple[list[Index], dict[str, Any], list[Row]]:
+        history = [json.loads(line) for line in checkpoints.fetch(commit, HISTORY).splitlines()]
+        checkpoints.fetch(commit, CARD)  # whoever takes the model out of it needs that
+        return checkpoints.indices(commit), json.loads(checkpoints.fetch(commit, STATE)), history
+
+    # Rank 0 reads what all need, so that a thousand ranks do not ask for a thousand indices each.
+    indices, state, history = on_main(world, fetch, _Damaged)
+    ours, theirs = engine.numbers()["shapes"], state["engine"]["shapes"]
+    if differing := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
+        raise CheckpointError(f"{at} is of a different model; its {differing[0]} is not as this model's")
+    generators = _generators(world)
+    saved = {(piece.key, piece.name) for index in indices for piece in index.pieces}
+    wanted = [Fragment(_RANDOM, name, 0, value) for name, value in generators.items() if (_RANDOM, name) in saved]
+    error: CheckpointError | None = None
+    try:
+        with torch.no_grad():
+            read_into(checkpoints, commit, indices, [*engine.fragments(), *wanted])
+    except CheckpointError as e:
+        error = e
+    if errors := [e for e in world.gather(error) if e is not None]:
+        raise _Damaged(str(errors[0])) if any(isinstance(e, Damaged) for e in errors) else errors[0]
+    engine.restored(state["engine"])
+    for name, value in generators.items():
+        if (_RANDOM, name) in saved:
+            torch.set_rng_state(value) if name.startswith("cpu") else torch.cuda.set_rng_state(value, world.device)
     if world.is_main:
         say(f"resuming at step {commit.step:,} from {checkpoints.directory.url}")
-    return State(commit, history, loader)
+    return State(commit, history, state["loader"])
 
 
-def _newest(checkpoints: Checkpoints) -> Commit | None:
-    steps = checkpoints.steps()
-    return checkpoints.read(steps[-1]) if steps else None
-
-
-def _check_fits(commit: Commit, engine: Engine, view: str, world: World, where: str) -> None:
-    if commit.world_size != world.size:
-        raise CheckpointError(
-            f"{where} was saved by {commit.world_size} workers and can only be resumed by as many, not {world.size}; set cluster.workers"
-        )
-    if commit.zero_stage != engine.stage:
-        raise CheckpointError(
-            f"{where} was saved at pretrain.zero.stage {commit.zero_stage} and can only be resumed there, not at {engine.stage}"
-        )
-    if commit.view != view:
-        raise CheckpointError(f"{where} was trained on other data ({commit.view[:12]}..) than the dataset there now ({view[:12]}..)")
-
-
-def _check_finite(weights: dict[str, torch.Tensor], step: int) -> None:
-    """A diverged model must not push sound checkpoints out."""
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise Diverged(f"pretrain: {name} is no longer finite at step {step}, which is not saved; try a lower pretrain.optimizer.lr")
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Tell of a full disk, for which torch and safetensors have errors of their own."""
-    try:
-        yield
-    except Exception as e:
-        if shutil.disk_usage(directory).free > _FULL:
-            raise
-        raise StorageError(f"{directory}: cannot write the checkpoint here, the disk is full (TMPDIR names another place)") from e
-
-
-def _raise_first(errors: list[TesseraError | None]) -> None:
-    for error in errors:
-        if error is not None:
-            raise error
+def on_main(world: World, find: Any, kind: type[Exception] | None = None) -> Any:
+    """What rank 0 finds, on every rank; what it raises of ours is raised everywhere, a CheckpointError as `kind` where that is given."""
+    found: Any = None
+    if world.is_main:
+        try:
+            found = (find(), None)
+        except TesseraError as e:
+            found = (None, e)
+    found, error = world.broadcast(found)
+    if isinstance(error, CheckpointError) and kind is not None:
+        raise kind(str(error))
+    if error is not None:
+        raise error
+    return found

@@ -13,42 +13,53 @@ import os
 import platform
 import sys
 import time
-from collections import Counter
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
 
 import click
 import torch
 
-from pipeline.checkpoint import Checkpoints, ModelCard, Run, adapt_weights, claim_run
+from pipeline.checkpoint import Checkpoints, Lease, ModelCard, Run, adapt_weights, claim_run
+from pipeline.checkpoint.commit import check_conditional
+from pipeline.checkpoint.ledger import Ledger
 from pipeline.checkpoint.model import open_model
-from pipeline.config import load_config
+from pipeline.checkpoint.requests import Requests
+from pipeline.checkpoint.retain import retention_of
+from pipeline.checkpoint.save import Saver
+from pipeline.config import Config, load_config
 from pipeline.config.schema import Pretrain
-from pipeline.core.errors import CheckpointError, ConfigError, StorageError, TesseraError
-from pipeline.core.progress import Progress, say
+from pipeline.core.errors import ConfigError, Preempted, TesseraError
+from pipeline.core.progress import say
 from pipeline.core.tracking import Tracker
-from pipeline.core.units import format_count
 from pipeline.core.world import World
 from pipeline.models import Model, build
 from pipeline.models.options import Options
 from pipeline.objectives import Facts, build_objective
-from pipeline.plan import Plan, make_plan
-from pipeline.stream import Collection, Stream, open_collection, open_dataset, open_stream
+from pipeline.plan import make_plan
+from pipeline.stream import Collection, open_collection, open_dataset, open_stream
 from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, prepare_inputs
-from pipeline.train.loop import Row, train
+from pipeline.train.keeper import Regroup, Signals
+from pipeline.train.loop import train
 from pipeline.train.optim import build_optimizer
-from pipeline.train.saving import restore, restore_from, save
+from pipeline.train.recorder import Recorder
+from pipeline.train.saving import fragments, on_main, restore, restore_from
 from pipeline.train.zero import Engine, check_precision, join_group
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
-def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, float]:
-    """Train this rank's share of `run` to the end; rank 0 has the tracker. Gives seconds by part of the work.
+def run_worker(run: Run, world: World, tracker: Tracker | None, signals: Signals) -> tuple[dict[str, float], bool]:
+    """Train this rank's share of `run`; rank 0 has the tracker. Gives seconds by part of the work, and whether training is finished or is
+    to be gone on with by another group of workers, which `signals` may ask for.
 
     Raises:
-        TesseraError: what a person can mend, with one plain sentence; Diverged.
+        TesseraError: what a person can mend, with one plain sentence; Diverged, Fenced; Preempted where `signals` ask for the end.
     """
+    with Ledger(run, world) as ledger:
+        seconds, ledger.is_finished = _run(run, world, tracker, signals, ledger)
+        return seconds, ledger.is_finished
+
+
+def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledger: Ledger) -> tuple[dict[str, float], bool]:
     began = time.perf_counter()
     config = run.config
     p = _pretrain(run)
@@ -62,7 +73,9 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     facts = _facts(run, data, prepared)
     plan = make_plan(config, data.samples, facts, world.size)
     checkpoints = Checkpoints(run.directory)
-    had_any = world.broadcast(bool(checkpoints.steps()))
+    lease = on_main(world, lambda: _take_lease(checkpoints, config))
+    ledger.open(lease.generation)
+    had_any = bool(lease.base)
     options = options_of(p, len(data.classes), prepared)
     model = _start_model(run, options, had_any, tracker).to(world.device)
     stream = open_stream(
@@ -72,12 +85,9 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     )  # fmt: skip
     engine = Engine(model, build_optimizer(model, p.optimizer), p, stream.rounds, world)
     state = restore(engine, checkpoints, stream.view, world)
+    origin = state.commit.generation if state else None
     if state is None and p.start and p.start.load == "all":
-        state = restore_from(engine, p.start.from_, config.storage, stream.view, world)
-    if state is None and had_any and p.start:  # the model holds neither our weights nor those it was to start from
-        raise CheckpointError(
-            f"checkpoints of {run.directory.url}: all are damaged and set aside; the same command again begins from {p.start.from_}"
-        )
+        state = restore_from(engine, p.start.from_, endpoint, stream.view, world)
     first = state.commit.step if state else 0
     if state:
         stream.resume(state.loader)
@@ -96,13 +106,24 @@ def run_worker(run: Run, world: World, tracker: Tracker | None) -> dict[str, flo
     )
     inputs = open_inputs(config, prepared, data.classes, engine.dtype, world.device)
     objective = build_objective(p.objective.name, p.objective.arguments, inputs)
-    hooks = Recorder(run, card, stream, engine, checkpoints, plan, state.history if state else [], world, tracker, first)
-    hooks.seconds["start-up"] = time.perf_counter() - began
-    began = time.perf_counter()
-    with hooks.progress if world.is_main else nullcontext():
-        train(engine, objective, stream, held_out, p, plan, config.seed, world, first, hooks)
-    hooks.seconds["training and validation"] = time.perf_counter() - began - hooks.seconds["saving checkpoints"]
-    return hooks.seconds
+    saver = Saver(checkpoints, lease, fragments(engine, world), retention_of(p, plan.samples_an_epoch), p.save.retry.seconds, world)
+    hooks = Recorder(run, card, stream, engine, saver, plan, state, world, tracker, signals, ledger)
+    ledger.begin(first, origin, plan.steps)
+    ready, is_finished = time.perf_counter(), True
+    try:
+        with ExitStack() as beside:
+            if world.is_main:
+                beside.enter_context(hooks.progress)
+                beside.enter_context(Requests(run.directory, signals.events))
+            train(engine, objective, stream, held_out, p, plan, config.seed, world, first, hooks)
+            hooks.finish()
+    except Regroup:
+        is_finished = False
+    finally:
+        saver.close()
+    saving = hooks.keeper.stalled
+    whole = time.perf_counter() - ready
+    return {"start-up": ready - began, "saving checkpoints": saving, "training and validation": whole - saving}, is_finished
 
 
 def _pretrain(run: Run) -> Pretrain:
@@ -132,69 +153,9 @@ def _start_model(run: Run, options: Options, has_own: bool, tracker: Tracker | N
     return model
 
 
-class Recorder:
-    """The hooks of a run: history, tracking, progress, and checkpoints when they are due."""
-
-    def __init__(
-        self,
-        run: Run,
-        card: ModelCard,
-        stream: Stream,
-        engine: Engine,
-        checkpoints: Checkpoints,
-        plan: Plan,
-        history: list[Row],
-        world: World,
-        tracker: Tracker | None,
-        first: int,
-    ) -> None:
-        self.run, self.card, self.stream, self.engine, self.checkpoints = run, card, stream, engine, checkpoints
-        self.plan, self.history, self.world, self.tracker = plan, history, world, tracker
-        self.seconds: dict[str, float] = {"saving checkpoints": 0.0}
-        self.progress = Progress("pretrain", plan.steps, "steps", done=first)
-        self._saved_at = time.monotonic()
-        self._every = _pretrain(run).save.every
-
-    def record(self, row: Row) -> None:
-        self.history.append(row)
-        if not self.world.is_main:
-            return
-        if self.tracker:
-            self.tracker.metrics({k if "/" in k else f"train/{k}": v for k, v in row.items() if k != "step"}, step=int(row["step"]))
-        if "train/loss" in row:
-            self.progress.text = f"loss {row['train/loss']:.3f}, {format_count(row['train/images_per_s'])} images/s"
-
-    def after_step(self, step: int) -> None:
-        if self.world.is_main:
-            self.progress.update(1)
-        if step == self.plan.steps or self._is_due(step):
-            began = time.perf_counter()
-            try:
-                self._save(step)
-            except StorageError as e:  # the same on every rank
-                if step == self.plan.steps:
-                    raise
-                if self.world.is_main:
-                    say(f"warning: the checkpoint at step {step:,} is not saved, training goes on ({e})")
-            self._saved_at = time.monotonic()
-            self.seconds["saving checkpoints"] += time.perf_counter() - began
-            if self.world.is_main and self.tracker:
-                self.tracker.metrics({"train/save_s": time.perf_counter() - began}, step=step)
-
-    def _is_due(self, step: int) -> bool:
-        if self._every.is_time:
-            # Clocks differ: the first rank's decides.
-            return self.world.sum([float(self.world.is_main and time.monotonic() - self._saved_at >= self._every.seconds)])[0] > 0
-        return step % self._every.steps(_pretrain(self.run).batch, self.plan.samples_an_epoch) == 0
-
-    def _save(self, step: int) -> None:
-        p = _pretrain(self.run)
-        self.engine.agree_on_buffers(self.stream.has_samples)
-        new = self.stream.agree(self.world)
-        save(self.engine, self.checkpoints, replace(self.card, step=step), self.stream.state(), self.history, p.save.keep, self.world)
-        if new and self.world.is_main:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in new).items())
-            say(f"warning: {len(new)} samples could not be read and were replaced by others since the last checkpoint ({reasons})")
+def _take_lease(checkpoints: Checkpoints, config: Config) -> Lease:
+    check_conditional(checkpoints.run, config.storage.conditional)
+    return checkpoints.acquire()
 
 
 def stage_tracker(run: Run) -> Tracker:
@@ -230,17 +191,19 @@ def main(config: str, overrides: tuple[str, ...]) -> None:
     world = World.from_environment()
     use_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     parent = tracker = None
+    signals = Signals()
     try:
         # Every rank claims the run: whoever is first makes it, the others find the same.
         run = claim_run(load_config(config, list(overrides)))
         if world.is_main:
             parent, tracker = run.tracker(), stage_tracker(run)
-        run_worker(run, world, tracker)
+        with signals.listening():
+            run_worker(run, world, tracker, signals)
         for each in filter(None, (tracker, parent)):
             each.close()
     except TesseraError as e:
         for each in filter(None, (tracker, parent)):
-            each.close("FAILED", timeout=10)
+            each.close("KILLED" if isinstance(e, Preempted) else "FAILED", timeout=10)
         say(f"error: {e}")
         sys.exit(int(e.exit_code))
 

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO behind five verbs: forward, backward, step, save, load. The only user of deepspeed."""
+"""DeepSpeed ZeRO behind three verbs: forward, backward, step; and its state as fragments (`state.py`). The only user of deepspeed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import logging
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.checkpoint.fragments import Fragment
 from pipeline.config.schema import Pretrain
-from pipeline.core.errors import CheckpointError, ConfigError
+from pipeline.core.errors import ConfigError
 from pipeline.core.world import World
 from pipeline.models import Model
+from pipeline.train.state import State
 
-_TAG = "engine"  # DeepSpeed's name for the folder of one checkpoint
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,7 +80,10 @@ class Engine:
             "train_micro_batch_size_per_gpu": config.micro_batch,
             "gradient_accumulation_steps": rounds,
             "train_batch_size": config.micro_batch * rounds * world.size,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {
+                "stage": stage,
+                **({"offload_optimizer": {"device": "cpu"}} if config.zero.offload == "optimizer" else {}),
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "gradient_clipping": config.optimizer.clip or 0.0,
@@ -90,6 +94,7 @@ class Engine:
         }
         with contextlib.redirect_stdout(sys.stderr):
             self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+        self.state = State(self.engine, stage, world)
 
     @property
     def module(self) -> nn.Module:
@@ -131,24 +136,25 @@ class Engine:
         norm = self._norm if self.is_plain else self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's part of the training state, and nothing else, below `directory`."""
-        (directory / _TAG).mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stdout(sys.stderr):
-            self.engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
-        for script in directory.glob("*.py"):  # DeepSpeed adds its recovery scripts; the weights are saved in fp32 anyway
-            script.unlink()
+    def fragments(self) -> list[Fragment]:
+        """This rank's part of parameters and optimiser, as views; the same names and places each time."""
+        return self.state.owned()
 
-    def load(self, directory: Path) -> None:
-        """Take up a state that the same number of ranks saved at the same stage.
+    def numbers(self) -> dict[str, Any]:
+        """What of the state is neither large nor element-wise; the same on every rank."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None) if self.dtype == torch.float16 else None
+        return {
+            "optimizer": self.state.scalars,
+            "scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
+            "shapes": {name: [] if name in self._scalars else shape for name, shape in self.state.shapes.items()},
+        }
 
-        Raises:
-            CheckpointError: DeepSpeed found nothing that it could use.
-        """
-        with contextlib.redirect_stdout(sys.stderr):
-            path, _ = self.engine.load_checkpoint(str(directory), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"checkpoint {directory}: DeepSpeed found no training state in it")
+    def restored(self, numbers: dict[str, Any]) -> None:
+        """To be called by all ranks after each has written its `fragments`: brings the state to wherever else it is kept."""
+        self.state.set_scalars(numbers["optimizer"])
+        self.state.spread()
+        for key, value in numbers["scaler"].items():
+            setattr(self.engine.optimizer.loss_scaler, key, value)
 
     def agree_on_buffers(self, has_samples: bool) -> None:
         """Average what each rank keeps for itself beside parameters: BatchNorm's running statistics, of its own micro-batches. A rank
@@ -160,22 +166,3 @@ class Engine:
                 sums = torch.cat([buffer.float().flatten(), torch.ones(1, device=buffer.device)]) * has_samples
                 dist.all_reduce(sums)
                 buffer.copy_((sums[:-1] / sums[-1]).view(buffer.shape))
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All parameters in fp32 on the CPU, gathered from their partitions, and the buffers that a state holds; empty on every rank
-        but the first."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        full: dict[str, torch.Tensor] = {}
-        for name, parameter in self.engine.module.named_parameters():
-            # Under ZeRO the parameter itself is a 16-bit copy or a part: the whole fp32 value is gathered from all ranks.
-            value = parameter if self.is_plain else safe_get_full_fp32_param(parameter)
-            if self.world.is_main:
-                shape = parameter.ds_shape if self.stage == 3 else parameter.shape
-                full[name] = value.detach().float().cpu().clone().view(() if name in self._scalars else shape).contiguous()
-        if self.world.is_main:
-            kept = self.engine.module.state_dict()
-            for name, buffer in self.engine.module.named_buffers():
-                if name in kept:
-                    full[name] = (buffer.float() if buffer.is_floating_point() else buffer).cpu().clone().contiguous()
-        return full

@@ -26,14 +26,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from launch.submit import main as submit
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard, Receipt
-from pipeline.checkpoint.model import write_model
+from pipeline.checkpoint import Checkpoints, ModelCard
+from pipeline.checkpoint.fragments import Fragment
+from pipeline.checkpoint.memory import HostMemory
 from pipeline.core.errors import StorageError
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
-from pipeline.core.world import World
 from pipeline.predict import main as predict
-from pipeline.train.saving import save
+from tests.checkpoints import commit_model
 from tests.integration.services import BIN, ROOT, RayHead, answers, free_ports, service
 
 SUBMIT = ["launch/submit.py"]
@@ -330,20 +330,13 @@ def test_disk_that_fills_costs_a_tracker_its_records_alone(tmp_path: Path, capsy
     )
 
 
-def test_temporary_disk_that_is_full_when_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Large:
-        """An engine whose state does not fit on the disk."""
-
-        def save(self, directory: Path) -> None:
-            torch.save(torch.zeros(1 << 20), directory / "state.pt")
-
-    card = ModelCard("vit", {}, "classify", ["cat", "dog"], (0.5,) * 3, (0.5,) * 3, "none", "made", 1)
-    checkpoints = Checkpoints(Storage(str(tmp_path / "run")))
+def test_neither_memory_nor_temporary_disk_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = Fragment("weight", "huge", 0, torch.empty(1 << 44, device="meta"))  # 64 TiB
     with mounted(tmp_path / "disk", "size=2m") as disk:
         monkeypatch.setattr("tempfile.tempdir", str(disk))
-        with pytest.raises(StorageError, match=f"{disk}.*cannot write the checkpoint here, the disk is full .TMPDIR names another place"):
-            save(Large(), checkpoints, card, {"view": "none", "consumed": 4}, [], 1, World())  # type: ignore[arg-type]
-        assert checkpoints.steps() == [] and not any(disk.iterdir())
+        with pytest.raises(StorageError, match=r"takes 65536\.0 GiB of host memory, or of TMPDIR, and neither has room for it"):
+            HostMemory([state])
+        assert not any(disk.iterdir())
 
 
 # Runs that are there
@@ -362,12 +355,7 @@ def make_run(config: Path) -> Storage:
     model = loaded.pretrain.model
     options = {**model.arguments, "pixels": 8, "classes": 2}
     card = ModelCard(model.name, options, "classify", ["cat", "dog"], (0.5,) * 3, (0.5,) * 3, "none", "made", 1)
-    made = config.with_suffix(".made")
-    made.mkdir()
-    write_model(made, card, card.make().state_dict())
-    checkpoints = Checkpoints(directory)
-    receipts: list[Receipt] = [checkpoints.upload(1, "only", file.name, file) for file in made.iterdir()]
-    checkpoints.commit(Commit(1, 4, "only", 1, 0, "none", receipts))
+    commit_model(directory, card, card.make().state_dict())
     return directory
 
 

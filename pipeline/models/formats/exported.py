@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.core.errors import ConfigError
 from pipeline.models.formats.imported import NOTE
-from pipeline.models.formats.keys import Tensors
+from pipeline.models.formats.lazy import Lazy
 from pipeline.models.mae import MAEOptions
 from pipeline.models.model import Model
 from pipeline.models.options import Options
@@ -28,11 +28,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Exported:
-    """`tensors` go to the safetensors file `weights`, `configs` to JSON files by name."""
+    """`tensors` go to the safetensors file `weights`, or to several where readers of the format know that (`has_parts`); `configs` to JSON
+    files by name, the last of which says what all this is."""
 
     weights: str
-    tensors: Tensors
+    tensors: dict[str, Lazy]
     configs: dict[str, dict[str, Any]]
+    has_parts: bool = False
 
 
 def family(model: Model) -> str:
@@ -57,14 +59,14 @@ def note(name: str, options: Options) -> dict[str, Any]:
     return {NOTE: {"family": name, "options": options.model_dump(mode="json")}}
 
 
-def vit_state(options: ViTOptions, state: Mapping[str, Any]) -> Tensors:
+def vit_state(options: ViTOptions, state: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """A ViT's state, fixed positions written out as if they were learned."""
     if options.positions != "sincos-2d":
         return dict(state)
-    return {**state, "pos_embed": sincos_2d(options.side, options.width, options.tokens)}
+    return {**state, "pos_embed": Lazy.of(sincos_2d(options.side, options.width, options.tokens))}
 
 
-def encoder(options: MAEOptions, state: Mapping[str, Any]) -> tuple[ViTOptions, Tensors]:
+def encoder(options: MAEOptions, state: Mapping[str, Lazy]) -> tuple[ViTOptions, dict[str, Lazy]]:
     """An MAE's encoder as a ViT without a head, for formats without the decoder."""
     kept = {key: getattr(options, key) for key in ("pixels", "patch", "width", "depth", "heads", "mlp", "eps")}
     return ViTOptions(classes=0, **kept), {name: t for name, t in state.items() if not name.startswith(("decoder_", "mask_token"))}

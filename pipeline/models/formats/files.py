@@ -88,10 +88,13 @@ def _find(url: str, endpoint: str | None, temporary: Path) -> Path:
             path = path.with_suffix("")
         if not path.exists() and not Path(f"{path}.index").exists():
             raise CheckpointError(f"{url}: there is no such file or directory")
+        if path.is_dir():
+            _check_no_run([p.name for p in path.iterdir()], url)
         return path
     directory, name = split_file(url.rstrip("/"), endpoint)
     web = storage.protocol in ("http", "https")  # lists nothing: names are tried
     there = [] if web or _is_file(name) else [n for n in storage.names() if n != name]
+    _check_no_run(there, url)
     if there or (web and not _is_file(name)):
         found = [n for n in there if n in _CONFIGS] if there else list(_CONFIGS)
         weights = [n for n in _WEIGHTS if n in there][:1] or [n for n in there if _is_weights(n)] or list(_WEIGHTS)
@@ -106,6 +109,11 @@ def _find(url: str, endpoint: str | None, temporary: Path) -> Path:
         _fetch(directory, [n for n in directory.names() if n.startswith(f"{prefix}.data-")], temporary)
         return temporary / prefix
     raise CheckpointError(f"{url}: there is no such file or directory")
+
+
+def _check_no_run(names: Iterable[str], url: str) -> None:
+    if "run.yaml" in names:
+        raise CheckpointError(f"{url}: is a run; `python -m pipeline.checkpoint export` writes its model in other formats")
 
 
 def _is_file(name: str) -> bool:

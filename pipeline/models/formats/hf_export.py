@@ -9,6 +9,7 @@ from pipeline.models.formats.exported import Exported, Seen, family, note, refus
 from pipeline.models.formats.files import HF_CONFIG, PREPROCESSOR, SAFETENSORS
 from pipeline.models.formats.hf_names import ACTIVATION_NAMES, clip_rules, igpt_rules, join_igpt, mae_rules, vit_rules
 from pipeline.models.formats.keys import write_state
+from pipeline.models.formats.lazy import State
 from pipeline.models.igpt import IGPTOptions
 from pipeline.models.mae import MAEOptions
 from pipeline.models.model import Model
@@ -20,32 +21,36 @@ _TARGET = "hf"
 _PROCESSORS = {"vit": "ViTImageProcessor", "vit_mae": "ViTImageProcessor", "deit": "DeiTImageProcessor", "clip": "CLIPImageProcessor"}
 
 
-def export(model: Model, seen: Seen) -> Exported:
+def export(model: Model, state: State, seen: Seen) -> Exported:
     """Raises ConfigError where `transformers` has no such model."""
-    state, name = model.state_dict(), family(model)
+    ours, name = state.tensors, family(model)
     match model.options:
         case ViTOptions() as o:
             kind, config = _vit(o)
             prefix = f"{kind}." if o.classes else ""
-            tensors = write_state(vit_state(o, state), vit_rules(prefix, o.distilled), _TARGET)
+            tensors = write_state(vit_state(o, ours), vit_rules(prefix, o.distilled), _TARGET)
         case MAEOptions() as o:
             kind, config = "vit_mae", _mae(o)
-            tensors = write_state(state, mae_rules(), _TARGET)
+            tensors = write_state(ours, mae_rules(), _TARGET)
         case CLIPOptions() as o:
             kind, config = "clip", _clip(o)
-            tensors = write_state(state, clip_rules(), _TARGET)
+            tensors = write_state(ours, clip_rules(), _TARGET)
         case IGPTOptions() as o:
             kind, config = "imagegpt", _igpt(o)
-            if o.classes and state["classifier.bias"].any():
-                raise refuse(_TARGET, "bias in iGPT's classifier", "one without, and this one is not zero")
-            tensors = join_igpt(write_state(state, igpt_rules(), _TARGET), o.depth, o.width, o.classes > 0)
+            tensors = join_igpt(write_state(ours, igpt_rules(), _TARGET), o.depth, o.width)
+            if o.classes:
+                if state.get("classifier.bias").any():
+                    raise refuse(_TARGET, "bias in iGPT's classifier", "one without, and this one is not zero")
+                del tensors["score.bias"]
+                if not state.get("head.weight").any():  # theirs has no head for colours
+                    del tensors["lm_head.weight"]
         case _:
             raise refuse(_TARGET, name, "vit, mae, clip and igpt")
     labels = _labels(model.options, seen)
     return Exported(SAFETENSORS, tensors, {
-        HF_CONFIG: {**config, **labels, "model_type": kind, "dtype": "float32", **note(name, model.options)},
         **_preprocessor(kind, model.options, seen),
-    })  # fmt: skip
+        HF_CONFIG: {**config, **labels, "model_type": kind, "dtype": "float32", **note(name, model.options)},
+    }, has_parts=True)  # fmt: skip
 
 
 def _labels(options: Options, seen: Seen) -> dict[str, Any]:

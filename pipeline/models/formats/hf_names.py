@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from pipeline.models.formats.keys import ROW, TABLE, TRANSPOSED, Rule, Tensors, rule
+from pipeline.models.formats.lazy import Lazy, join
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "gelu_fast": "gelu-tanh", "quick_gelu": "quick-gelu",
@@ -128,15 +131,12 @@ def split_igpt(tensors: Tensors, keep_biases: bool) -> tuple[Tensors, bool]:
     return found, biased
 
 
-def join_igpt(tensors: Tensors, depth: int, width: int, classifier: bool) -> Tensors:
-    """The other way. Biases are written as zeros where there are none; of a classifier a head for colours that is zero is left out."""
+def join_igpt(tensors: Mapping[str, Lazy], depth: int, width: int) -> dict[str, Lazy]:
+    """The other way. Biases are written as zeros where there are none."""
     found = dict(tensors)
-    found["transformer.wte.weight"] = torch.cat([found["transformer.wte.weight"], found.pop("transformer.sos")[None]])
+    table = "transformer.wte.weight"
+    found[table] = join(found[table], found.pop("transformer.sos"), lambda colors, sos: torch.cat([colors, sos[None]]))
     for i in range(depth):
         for name, size in (("attn.c_attn", 3), ("attn.c_proj", 1), ("mlp.c_fc", 4), ("mlp.c_proj", 1)):
-            found.setdefault(f"transformer.h.{i}.{name}.bias", torch.zeros(size * width))
-    if classifier:
-        found.pop("score.bias")
-        if not found["lm_head.weight"].any():
-            del found["lm_head.weight"]
+            found.setdefault(f"transformer.h.{i}.{name}.bias", Lazy.of(torch.zeros(size * width)))
     return found

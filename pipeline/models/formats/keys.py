@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.core.errors import CheckpointError, ConfigError
+from pipeline.models.formats.lazy import Lazy
 
 Tensors = dict[str, torch.Tensor]
 _SHOWN = 5
@@ -118,20 +119,20 @@ def read_state(
     return state
 
 
-def write_state(state: Mapping[str, torch.Tensor], rules: Sequence[Rule], target: str) -> Tensors:
-    """Our `state` under their names.
+def write_state(state: Mapping[str, Lazy], rules: Sequence[Rule], target: str) -> dict[str, Lazy]:
+    """Our `state` under their names, each tensor of theirs made of no more of ours than it takes.
 
     Raises:
         ConfigError: the format has no name for some of it.
     """
-    written: Tensors = {}
+    written: dict[str, Lazy] = {}
     pairs = pair(state, rules)
     if nameless := [p.ours for p in pairs if not p.theirs]:
         raise ConfigError(f"{target}: has no name for {listed(nameless)}")
     for ours, theirs, change in pairs:
         assert change.write is not None, "rules of formats that are only read are not written"
-        for name, part in zip(theirs, state[ours].chunk(len(theirs)) if len(theirs) > 1 else [state[ours]], strict=True):
-            written[name] = change.write(part).contiguous()
+        for name, part in zip(theirs, state[ours].chunk(len(theirs)), strict=True):
+            written[name] = part.map(change.write)
     return written
 
 

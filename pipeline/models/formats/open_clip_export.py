@@ -9,6 +9,7 @@ from pipeline.models.formats.exported import Exported, Seen, family, note, refus
 from pipeline.models.formats.files import OPEN_CLIP_CONFIG, OPEN_CLIP_SAFETENSORS
 from pipeline.models.formats.hf_export import plain_tower
 from pipeline.models.formats.keys import write_state
+from pipeline.models.formats.lazy import State
 from pipeline.models.formats.open_clip import rules
 from pipeline.models.formats.timm_export import ratio
 from pipeline.models.model import Model
@@ -16,7 +17,7 @@ from pipeline.models.model import Model
 _TARGET = "open_clip"
 
 
-def export(model: Model, seen: Seen) -> Exported:
+def export(model: Model, state: State, seen: Seen) -> Exported:
     """Raises ConfigError where open_clip has no such model."""
     o = model.options
     if not isinstance(o, CLIPOptions):
@@ -45,4 +46,4 @@ def export(model: Model, seen: Seen) -> Exported:
         config["init_logit_bias"] = o.logit_bias
     shown = {"mean": list(seen.mean), "std": list(seen.std), "size": [o.pixels, o.pixels]} if seen.mean and seen.std else {}
     written = {"model_cfg": config, "preprocess_cfg": shown, **note("clip", o)}
-    return Exported(OPEN_CLIP_SAFETENSORS, write_state(model.state_dict(), rules(resnet), _TARGET), {OPEN_CLIP_CONFIG: written})
+    return Exported(OPEN_CLIP_SAFETENSORS, write_state(state.tensors, rules(resnet), _TARGET), {OPEN_CLIP_CONFIG: written})

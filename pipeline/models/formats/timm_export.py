@@ -11,6 +11,7 @@ from pipeline.models.bit import BiTOptions
 from pipeline.models.formats.exported import Exported, Seen, encoder, family, note, refuse, require, vit_state
 from pipeline.models.formats.files import HF_CONFIG, SAFETENSORS
 from pipeline.models.formats.keys import SAME_NAMES, write_state
+from pipeline.models.formats.lazy import State
 from pipeline.models.hybrid import stem_stride
 from pipeline.models.mae import MAEOptions
 from pipeline.models.model import Model
@@ -26,20 +27,20 @@ _HYBRIDS = {HYBRID[16]: "vit_base_r50_s16_224", HYBRID[32]: "vit_large_r50_s32_2
 _BITS = ("resnetv2_50x1_bit", "resnetv2_50x3_bit", "resnetv2_101x1_bit", "resnetv2_101x3_bit", "resnetv2_152x2_bit", "resnetv2_152x4_bit")
 
 
-def export(model: Model, seen: Seen) -> Exported:
+def export(model: Model, state: State, seen: Seen) -> Exported:
     """Of an MAE the encoder.
 
     Raises:
         ConfigError: timm has no such model.
     """
-    name, options, state = family(model), model.options, model.state_dict()
+    name, options, ours = family(model), model.options, state.tensors
     if isinstance(options, MAEOptions):
-        options, state = encoder(options, state)
+        options, ours = encoder(options, ours)
         name = "vit"
     match options:
         case ViTOptions():
             architecture, arguments = _vit(options)
-            state = vit_state(options, state)
+            ours = vit_state(options, ours)
             width, pool, first = (
                 options.width,
                 _POOLS[options.pool],
@@ -60,7 +61,7 @@ def export(model: Model, seen: Seen) -> Exported:
                 raise refuse(_TARGET, f"ResNet of {len(options.depths)} stages", "four")
         case _:
             raise refuse(_TARGET, name, "vit, mae's encoder, bit and resnet; open_clip is the format for clip")
-    return Exported(SAFETENSORS, write_state(state, SAME_NAMES, _TARGET), {HF_CONFIG: _config(
+    return Exported(SAFETENSORS, write_state(ours, SAME_NAMES, _TARGET), {HF_CONFIG: _config(
         {"architecture": architecture, "num_features": width, "global_pool": pool, "model_args": arguments},
         {"first_conv": first, "classifier": head}, name, options, seen,
     )})  # fmt: skip

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard, adapt_weights, find_model
-from pipeline.checkpoint.model import split_url, write_model
+from pipeline.checkpoint import Checkpoints, ModelCard, adapt_weights, find_model
+from pipeline.checkpoint.model import read_weights, split_url
+from pipeline.checkpoint.read import newest_sound
 from pipeline.core.errors import CheckpointError, NoSuchRun
 from pipeline.core.storage import Storage
 from pipeline.models import Model, create
 from pipeline.models.positions import resize_positions
+from tests.checkpoints import commit_model
 
 OPTIONS = {"width": 16, "depth": 1, "heads": 2, "patch": 4, "pixels": 8, "classes": 3}
 CARD = ModelCard("vit", OPTIONS, "classify", ["a", "b", "c"], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "hash", "run-id", 7)
@@ -24,22 +26,23 @@ def model(seed: int = 0, **changes: Any) -> Model:
     return made
 
 
-def test_weights_come_back(store: Storage, tmp_path: Path) -> None:
+def test_weights_come_back(store: Storage) -> None:
     with pytest.raises(NoSuchRun, match="there is no committed checkpoint here"):
         find_model(store)
     checkpoints = Checkpoints(store)
     for step in (7, 8):
-        write_model(tmp_path, CARD, {k: v + step for k, v in model().state_dict().items()})
-        receipts = [checkpoints.upload(step, "a", name, tmp_path / name) for name in ("model.safetensors", "model.json")]
-        checkpoints.commit(Commit(step, 70, "a", 1, 0, "view", receipts))
+        commit = commit_model(store, CARD, {k: v + step for k, v in model().state_dict().items()}, step=step)
     for asked, step in ((None, 8), (7, 7)):
         card, weights = find_model(store, asked)
-        assert card == CARD and all(torch.equal(weights[k], v + step) for k, v in model().state_dict().items())
-    store.write("checkpoints/step-8/a/model.safetensors", b"damaged")
+        assert card == replace(CARD, step=step)
+        assert all(torch.equal(weights[k], v + step) for k, v in model().state_dict().items())
+    some = read_weights(checkpoints, commit, {"norm.weight", "head.bias"})
+    assert set(some) == {"norm.weight", "head.bias"} and torch.equal(some["norm.weight"], model().norm.weight + 8)
+    store.write(f"checkpoints/{commit.prefix}/rank-00000-of-00001.safetensors", b"damaged")
     assert torch.equal(find_model(store)[1]["norm.weight"], model().norm.weight + 7), "the newest sound one"
-    with pytest.raises(CheckpointError, match=r"step-8/a/model\.safetensors: is damaged"):
+    with pytest.raises(CheckpointError, match=r"step-8/.*/rank-00000-of-00001\.safetensors: is damaged"):
         find_model(store, 8)
-    sound = checkpoints.newest_sound()
+    sound = newest_sound(checkpoints)
     assert sound is not None and sound.step == 7 and checkpoints.steps() == [7], "the damaged one is set aside"
     with pytest.raises(CheckpointError, match=r"step-9: there is no such committed checkpoint \(committed steps: 7\)"):
         find_model(store, 9)

@@ -62,6 +62,10 @@ def minimal(**changes: Any) -> dict[str, Any]:
     return {**MINIMAL, "pretrain": {**MINIMAL["pretrain"], **changes}}
 
 
+def clustered(**cluster: int) -> dict[str, Any]:
+    return {**MINIMAL, "cluster": cluster}
+
+
 def error(values: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as e:
         parse_config(values)
@@ -169,7 +173,7 @@ def test_a_plain_word_becomes_a_section(tmp_path: Path) -> None:
         load_config(tmp_path / "over.yaml"),
         load_config(tmp_path / "base.yaml", ["storage.endpoint=http://x", "pretrain.start.load=all", "pretrain.model.drop_path=0.1"]),
     ):
-        assert config.storage.model_dump() == {"url": "s3://lab", "endpoint": "http://x"}
+        assert config.storage.model_dump() == {"url": "s3://lab", "endpoint": "http://x", "conditional": True}
         assert config.pretrain is not None and config.pretrain.start is not None
         assert (config.pretrain.start.from_, config.pretrain.start.load) == ("s3://lab/a", "all")
         assert config.pretrain.model.arguments == {"drop_path": 0.1}
@@ -324,6 +328,16 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
         (minimal(duration="1e400 steps"), "pretrain.duration: '1e400 steps' must be at most 1e+15"),
         (minimal(save={"every": "1e400 hours"}), "pretrain.save.every: '1e400 hours' must be at most 1e+15"),
         (minimal(batch=100, micro_batch=64), "pretrain.batch: 100 is not a multiple of micro_batch (64)"),
+        (clustered(gpus=1, min_gpus=2), "cluster.min_gpus: 2 is the least of cluster.gpus, which is 1"),
+        (clustered(min_gpus=2), "cluster.min_gpus: 2 is the least of cluster.gpus, which is not given"),
+        (clustered(workers=2, min_workers=4), "cluster.min_workers: 4 is the least of cluster.workers, which is 2"),
+        (clustered(gpus=2, min_workers=4), "cluster.min_workers: 4 is the least of cluster.gpus, which is 2, and each worker has one"),
+        (clustered(gpus=8, workers=2, min_gpus=4), "cluster.min_gpus: 4 is the least of cluster.workers, which is 2, and each has one GPU"),
+        (minimal(save={"patience": "5 minutes"}), "pretrain.save.patience: 5 minutes is shorter than pretrain.save.retry, which is 10 minutes"),
+        (minimal(save={"retry": "3 hours"}), "pretrain.save.patience: 2 hours is shorter than pretrain.save.retry, which is 3 hours"),
+        (minimal(save={"best": "top1"}, validate={}), "pretrain.save.best.metric: 'top1' is no metric of validation; these begin with validate/"),
+        (minimal(save={"best": {"metric": "validate/"}}, validate={}), "pretrain.save.best.metric: 'validate/' is no metric of validation"),
+        (minimal(save={"best": "validate/loss"}), "pretrain.save.best: validate/loss is measured by validation, and there is no section pretrain.validate"),
         ({k: v for k, v in MINIMAL.items() if k != "name"}, "name: is missing"),
         ({**MINIMAL, "name": "../x"}, "name: '../x' may hold letters, digits, '.', '_' and '-' only"),
         ({**MINIMAL, "name": "data"}, "name: 'data' is kept for what lies beside the runs (kept: data, mlartifacts, mlflow.db)"),
@@ -361,6 +375,18 @@ def test_messages(values: dict[str, Any], message: str) -> None:
 def test_every_mistake_is_told() -> None:
     told = error(minimal(bacth=3, precision="int8"))
     assert "pretrain.bacth" in told and "; " in told and "pretrain.precision" in told
+
+
+def test_bounds_that_meet_are_allowed() -> None:
+    for cluster in (
+        {"workers": 4, "min_workers": 4},
+        {"gpus": 8, "min_gpus": 8, "workers": 8},
+        {"gpus": 0, "min_gpus": 0, "min_workers": 3},
+    ):
+        assert parse_config(clustered(**cluster)).cluster.workers == cluster.get("workers")
+    save = {"retry": "1 hour", "patience": "60 minutes", "best": {"metric": "validate/top1", "higher": True}}
+    p = parse_config(minimal(save=save, validate={"every": "1 epoch"})).pretrain
+    assert p is not None and p.save.best is not None and p.save.best.metric == "validate/top1"
 
 
 def test_frozen() -> None:

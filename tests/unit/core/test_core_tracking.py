@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -176,3 +177,19 @@ def test_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Tracker(uri, "e", "key", "name", tmp_path / "spool")
     first.close()
     assert Tracker(uri, "e", "key", "name", tmp_path / "spool").close(), "free again"
+
+
+def test_a_record_costs_training_next_to_nothing(free_port: int, tmp_path: Path) -> None:
+    """Whatever the server does, while nobody is there, and while one hangs that takes connections and never answers."""
+    hanging = socket.create_server(("127.0.0.1", 0))
+    for port in (free_port, hanging.getsockname()[1]):
+        tracker = Tracker(f"http://127.0.0.1:{port}", "tessera", f"key-{port}", "tiny", tmp_path / "spool")
+        seconds = []
+        for step in range(300):
+            began = time.perf_counter()
+            tracker.metrics({f"train/metric-{n}": 0.1 * n for n in range(10)}, step=step)
+            seconds.append(time.perf_counter() - began)
+            time.sleep(0.002)
+        tracker.close(timeout=0.1)
+        assert sorted(seconds)[len(seconds) // 2] < 1e-3 and sum(seconds) / len(seconds) < 1e-3
+    hanging.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard
-from pipeline.checkpoint.model import CARD, WEIGHTS, write_model
+from pipeline.checkpoint import ModelCard
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.storage import Storage
@@ -24,6 +22,7 @@ from pipeline.models import create, formats
 from pipeline.shards.manifest import Manifest
 from pipeline.stream.palette import Palette
 from pipeline.stream.text import Tokenizer
+from tests.checkpoints import commit_model
 
 HALF = (0.5, 0.5, 0.5)
 IGPT = {"pixels": 8, "width": 16, "depth": 1, "heads": 2, "colors": 512}
@@ -46,11 +45,7 @@ def published(tmp_path: Path) -> Callable[[ModelCard], str]:
     """Commits a checkpoint of fresh weights, without a run.yaml, and gives its directory."""
 
     def write(card: ModelCard) -> str:
-        checkpoints = Checkpoints(Storage(str(tmp_path / "other")))
-        with tempfile.TemporaryDirectory() as local:
-            write_model(Path(local), card, dict(card.make(seed=0).state_dict()))
-            files = [checkpoints.upload(5, "one", name, Path(local) / name) for name in (WEIGHTS, CARD)]
-        checkpoints.commit(Commit(5, 40, "one", 1, 0, "view", files))
+        commit_model(str(tmp_path / "other"), card, card.make(seed=0).state_dict())
         return str(tmp_path / "other")
 
     return write

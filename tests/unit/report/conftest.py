@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard
-from pipeline.checkpoint.model import CARD, WEIGHTS, write_model
+from pipeline.checkpoint import ModelCard
+from pipeline.checkpoint.goodput import FAILED, FINISHED, Job, key_of
 from pipeline.config import Config, parse_config
 from pipeline.config.schema import Tracking
 from pipeline.core.storage import Storage
@@ -18,6 +17,7 @@ from pipeline.evaluate.results import make_result, write_result
 from pipeline.evaluate.supervised import evaluate_supervised
 from pipeline.evaluate.tasks import Task
 from pipeline.shards.job import make_dataset
+from tests.checkpoints import commit_model
 
 CLASSES = ["<b>dark", "light"]
 MODEL = {"width": 16, "depth": 1, "heads": 2, "patch": 4}
@@ -25,6 +25,18 @@ HISTORY = [
     {"step": s, "samples": 8 * s, "train/loss": 2.0 / s, "train/top1": 1 - 0.5 / s, "train/lr": 1e-3, "train/grad_norm": 1.0}
     for s in range(1, 6)
 ]
+
+# The first job died in step 5 with three steps committed; the second went on from there.
+JOBS = [
+    Job(
+        "id", 1, 1_780_000_000.0, 70.0, workers=4, gpus=4, starting=10.0, productive=40.0, waiting=6.0, saving=4.0, steps=5, first=0, step=4,
+        commits=[(3, 30.0)], end=FAILED, reason="<i>peer</i> gone", price=9.0, currency="EUR",
+    ),
+    Job(
+        "id", 2, 1_780_000_080.0, 40.0, workers=2, gpus=2, starting=15.0, productive=22.0, waiting=1.0, saving=2.0, steps=5, first=3, origin=1,
+        step=5, commits=[(5, 22.0)], end=FINISHED, price=9.0, currency="EUR",
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +75,7 @@ def dataset_url(tree: Path, config: Config, cluster: None) -> str:
 
 @pytest.fixture(scope="session")
 def run(config: Config, dataset_url: str) -> Storage:
-    """A run with a committed checkpoint, results and timings. Its head tells by brightness and is sometimes wrong."""
+    """A run with a committed checkpoint, results, timings and the ledgers of two jobs. Its head tells by brightness and is sometimes wrong."""
     run = Storage(config.storage.url) / config.name
     data = Task("squares", dataset_url, "train", "test", [])
     task = Task("squares", dataset_url, "train", "test", data.open("test").classes)
@@ -74,14 +86,11 @@ def run(config: Config, dataset_url: str) -> Storage:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
-    checkpoints = Checkpoints(run)
-    with tempfile.TemporaryDirectory() as local:
-        write_model(Path(local), card, model.state_dict())
-        (Path(local) / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HISTORY))
-        files = [checkpoints.upload(5, "one", name, Path(local) / name) for name in (WEIGHTS, CARD, "history.jsonl")]
-    checkpoints.commit(Commit(5, 40, "one", 1, 0, "view", files))
+    commit_model(run, card, model.state_dict(), history=HISTORY)
     write_result(run, evaluate_supervised(card, model.state_dict(), task, "f"))
     write_result(run, make_result("few-shot/5", task, [9, 10, 12], 14, seconds=1, fingerprint="f", details={"shots": 5}))
     timings = [{"stage": "shard", "part": "", "seconds": 3.0}, {"stage": "pretrain", "part": "steps", "seconds": 9.0}]
     run.write("timings.json", json.dumps(timings).encode())
+    for job in JOBS:
+        run.write(key_of(job.generation), job.to_json())
     return run

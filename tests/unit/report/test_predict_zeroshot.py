@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard
-from pipeline.checkpoint.model import CARD, WEIGHTS, write_model
-from pipeline.core.storage import Storage
+from pipeline.checkpoint import ModelCard
 from pipeline.predict import main
 from pipeline.stream.palette import Palette
 from pipeline.stream.text import Tokenizer
+from tests.checkpoints import commit_model
 
 HALF = (0.5, 0.5, 0.5)
 TOKENIZER = Tokenizer.train(["a photo of a cat. a drawing of a dog."] * 2, 560)
@@ -27,11 +25,7 @@ CLIP: dict[str, Any] = {
 
 
 def commit(directory: Path, card: ModelCard) -> str:
-    checkpoints = Checkpoints(Storage(str(directory)))
-    with tempfile.TemporaryDirectory() as local:
-        write_model(Path(local), card, dict(card.make(seed=0).state_dict()))
-        files = [checkpoints.upload(5, "one", name, Path(local) / name) for name in (WEIGHTS, CARD)]
-    checkpoints.commit(Commit(5, 40, "one", 1, 0, "view", files))
+    commit_model(str(directory), card, card.make(seed=0).state_dict())
     return str(directory)
 
 

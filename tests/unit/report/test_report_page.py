@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -97,6 +99,29 @@ def test_data_time_config_and_command_are_there(page: str) -> None:
     assert "me:secret" not in page
 
 
+def test_goodput_is_told_in_words_a_bar_and_a_table(page: str) -> None:
+    section = page[page.index('id="goodput"') : page.index('id="time"')]
+    assert "43.3% of 2 min 00 s was training that counts; 2 jobs, 1 failure; 0.90 EUR, of which 0.41 EUR went into it." in section
+    widths = dict(re.findall(r'<i class="([a-z-]+)" style="width:([0-9.]+)%">', section))
+    assert sum(map(float, widths.values())) == pytest.approx(100)
+    seconds = {"productive": 52.0, "input-wait": 7.0, "save": 6.0, "lost": 20.0, "restart": 25.0, "idle": 10.0}
+    assert {kind: float(width) * 1.2 for kind, width in widths.items()} == pytest.approx(seconds)
+    rows = {
+        kind: re.findall(r'right">([^<]*)</td>', row) for kind, row in re.findall(r'<th scope="row"><i class="([a-z-]+)"></i>(.*)', section)
+    }
+    assert rows["lost"] == ["20.0 s", "16.7%", "0.20 EUR"] and rows["idle"] == ["10.0 s", "8.3%", "0.00 EUR"]
+    assert list(rows) == list(seconds)
+    assert "Its 2 jobs" in section and "3 to 5" in section and "2026-05-28 20:26 UTC" in section
+    assert "&lt;i&gt;peer&lt;/i&gt; gone" in section, "text, not markup"
+
+
+def test_ledgers_of_a_run_that_was_there_before_are_not_shown(run: Storage, config: Config, dataset_url: str, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "tiny")
+    record = {"id": "another", "owner": "ada", "config": config.model_dump(mode="json", by_alias=True)}
+    (tmp_path / "tiny" / "run.yaml").write_text(json.dumps(record))
+    assert 'id="goodput"' not in build_report(Storage(str(tmp_path / "tiny")), config, dataset_url, COMMAND)
+
+
 def test_curves_take_the_colours_of_the_page(page: str) -> None:
     assert page.count('<svg role="img"') == 4  # loss, accuracy, learning rate, gradient norm
     assert "var(--accent)" in page
@@ -111,7 +136,7 @@ def test_parts_without_data_are_left_out(config: Config, tmp_path: Path) -> None
     bare = config.model_copy(update={"pretrain": None, "evaluate": None})
     page = build_report(Storage(str(tmp_path)), bare, None, COMMAND)
     read(page)
-    for heading in ("scores", "predictions", "curves", "data", "time"):
+    for heading in ("scores", "predictions", "curves", "data", "goodput", "time"):
         assert f'id="{heading}"' not in page
     assert COMMAND in page
 
@@ -137,3 +162,9 @@ def test_wrong_ones_are_the_surest_first_and_right_ones_of_each_class() -> None:
 
 def test_percent_tells_nearly_all_from_all() -> None:
     assert [_percent(v) for v in (1.0, 0.9, 0.99961, 0.99996)] == ["100.0%", "90.0%", "99.96%", "99.996%"]
+
+
+def test_a_store_without_conditions_is_told_of(run: Storage, config: Config, dataset_url: str, page: str) -> None:
+    sentence = "takes no conditions: two jobs of this run could collide"
+    weaker = config.model_copy(update={"storage": config.storage.model_copy(update={"conditional": False})})
+    assert sentence not in page and sentence in build_report(run, weaker, dataset_url, COMMAND)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard
-from pipeline.checkpoint.model import CARD, WEIGHTS, write_model
+from pipeline.checkpoint import ModelCard
 from pipeline.core.storage import Storage
 from pipeline.evaluate.drawn import BLANK
 from pipeline.sample import main
 from pipeline.stream.palette import Palette
+from tests.checkpoints import commit_model
 
 HALF = (0.5, 0.5, 0.5)
 IGPT: dict[str, Any] = {"pixels": 8, "width": 16, "depth": 1, "heads": 2, "colors": 512}
@@ -27,11 +26,7 @@ def commit(directory: Path, card: ModelCard) -> str:
     model = card.make(seed=0)
     if hasattr(model, "head"):  # fresh heads are zero, which draws all colours alike
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
-    checkpoints = Checkpoints(Storage(str(directory)))
-    with tempfile.TemporaryDirectory() as local:
-        write_model(Path(local), card, dict(model.state_dict()))
-        files = [checkpoints.upload(5, "one", name, Path(local) / name) for name in (WEIGHTS, CARD)]
-    checkpoints.commit(Commit(5, 40, "one", 1, 0, "view", files))
+    commit_model(str(directory), card, model.state_dict())
     return str(directory)
 
 

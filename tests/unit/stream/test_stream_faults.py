@@ -268,7 +268,7 @@ def test_a_store_that_stays_away(stuttering: tuple[Storage, FaultyStore], monkey
     monkeypatch.setattr(type(directory.fs), "retries", 1)  # the client's own, which take seconds
     made = stream(directory)
     store.plan = lambda method, path: "error" if path.endswith(".tar") else None
-    with pytest.raises(InfrastructureError, match=r"data s3://.*\.tar: could not be read in 3 attempts"):
+    with pytest.raises(InfrastructureError, match=r"^data s3://.*\.tar: could not be read in 3 attempts"):
         take(made, 1)
 
 

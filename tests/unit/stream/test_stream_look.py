@@ -16,17 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image, ImageColor
 
-from pipeline.checkpoint import Checkpoints, Commit, Run, claim_run
-from pipeline.checkpoint.commit import LOADER
+from pipeline.checkpoint import Checkpoints, Run, claim_run
+from pipeline.checkpoint.commit import STATE
+from pipeline.checkpoint.fragments import WEIGHT, Fragment
 from pipeline.config import parse_config
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest, publish, read_manifest, read_shards
 from pipeline.stream import Stream, open_collection, open_dataset, open_stream
 from pipeline.stream.__main__ import main
 from pipeline.stream.sheet import _MARK, _SIDE, _TEXT, Card, _cut, _font, _wrapped, draw
+from tests.checkpoints import commit_fragments
 
 Maker = Callable[..., Manifest]
 
@@ -202,12 +205,12 @@ def stream_of(run: Run) -> Stream:
     return open_stream(data, global_batch=p.batch, micro_batch=p.micro_batch, seed=run.config.seed, image=p.image, bad=1.0)
 
 
-def commit(run: Run, step: int, loader: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "loader.json"
-    file.write_text(json.dumps(loader))
+def commit(run: Run, step: int, loader: dict[str, Any]) -> None:
     checkpoints = Checkpoints(run.directory)
-    receipt = checkpoints.upload(step, "a1", LOADER, file)
-    checkpoints.commit(Commit(step, loader["consumed"], "a1", 1, 0, loader["view"], [receipt]))
+    lease = checkpoints.newest_lease() or checkpoints.acquire()
+    state = [Fragment(WEIGHT, "a", 0, torch.zeros(1))]
+    files = {STATE: json.dumps({"loader": loader}).encode()}
+    commit_fragments(checkpoints, lease, state, step, files, samples=loader["consumed"], view=loader["view"])
 
 
 def shown_at(run: Run, step: int) -> dict[str, Any]:
@@ -236,7 +239,7 @@ def test_the_samples_of_a_step(run: Run, dataset: Storage, tmp_path: Path, monke
     flip(damaged.directory, shard, at)
     stream = stream_of(run)
     batches = list(islice(iter(stream), 4 * BATCH // MICRO))
-    commit(run, 4, stream.state(), tmp_path)
+    commit(run, 4, stream.state())
     flip(damaged.directory, shard, at)  # the fault passes
     (tmp_path / "another machine").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "another machine"))
@@ -267,7 +270,7 @@ def test_steps_that_no_checkpoint_has_seen(url: str, tmp_path: Path) -> None:
     keys = [key for batch in islice(iter(stream_of(run)), 2 * BATCH // MICRO) for key in batch.keys]
     shown = shown_at(run, 2)
     assert [s["key"] for s in shown["samples"]] == keys[BATCH:] and "there is no checkpoint yet" in shown["notes"][0]
-    commit(run, 1, {**stream_of(run).state(), "consumed": BATCH}, tmp_path)
+    commit(run, 1, {**stream_of(run).state(), "consumed": BATCH})
     (tmp_path / "probe/checkpoints/step-9").mkdir()  # an attempt that never was committed
     assert "after the newest checkpoint, of step 1" in shown_at(run, 2)["notes"][0]
     assert not shown_at(run, 1)["notes"]
@@ -283,7 +286,7 @@ def test_a_run_that_goes_on_from_another(url: str, tmp_path: Path) -> None:
     stream = stream_of(run)
     stream.resume({**stream.state(), "consumed": 5 * BATCH})
     batches = list(islice(iter(stream), BATCH // MICRO))
-    commit(run, 11, stream.state(), tmp_path)
+    commit(run, 11, stream.state())
     shown = shown_at(run, 11)
     assert [s["key"] for s in shown["samples"]] == [k for b in batches for k in b.keys] and "goes on from /other" in shown["notes"][0]
 
@@ -292,7 +295,7 @@ def test_other_data_than_the_run_had(make_dataset: Maker, tmp_path: Path) -> Non
     data = Storage(str(tmp_path / "data"))
     make_dataset(data, {"train": 50}, width=12, height=10)
     run = make_run(Storage(str(tmp_path)), [{"url": data.url}])
-    commit(run, 1, {**stream_of(run).state(), "consumed": BATCH}, tmp_path)
+    commit(run, 1, {**stream_of(run).state(), "consumed": BATCH})
     assert len(found(data.url, "--run", run.directory.url, "--step", 1)["step"]["samples"]) == BATCH
     done = look("/elsewhere", "--run", run.directory.url, "--step", 1)
     assert done.exit_code == 3 and f"it was trained on {data.url}, not on /elsewhere" in done.stderr

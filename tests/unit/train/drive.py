@@ -13,6 +13,7 @@ from pipeline.checkpoint import claim_run
 from pipeline.config import load_config
 from pipeline.core.errors import TesseraError
 from pipeline.core.world import World
+from pipeline.train.keeper import Signals
 from pipeline.train.worker import run_worker, use_cores
 
 
@@ -23,7 +24,7 @@ def main(jobs: Path, results: Path) -> None:
     for job in json.loads(jobs.read_text()):
         error = None
         try:
-            run_worker(claim_run(load_config(job["config"], job["overrides"])), world, None)
+            run_worker(claim_run(load_config(job["config"], job["overrides"])), world, None, Signals())
         except TesseraError as e:
             error = [type(e).__name__, str(e)]
         done.append({"error": error})

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.checkpoint import Checkpoints, Commit, ModelCard, Run, claim_run
-from pipeline.checkpoint.model import write_model
+from pipeline.checkpoint import ModelCard, Run, claim_run
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.storage import Storage
@@ -31,6 +30,7 @@ from pipeline.stream.collection import open_collection
 from pipeline.stream.palette import Palette
 from pipeline.stream.text import Tokenizer
 from pipeline.train.inputs import open_inputs, planned_facts, prepare_inputs
+from tests.checkpoints import commit_model
 
 SIZE = {"width": 16, "depth": 1, "heads": 2}
 VIT = {"name": "vit", **SIZE, "patch": 4}
@@ -59,12 +59,8 @@ class Home:
 
     def trained(self, name: str, card: ModelCard) -> str:
         """The URL of a run with one checkpoint."""
-        directory, made = Storage(f"{self.root}/runs/{name}"), self.root / f"{name}.made"
-        made.mkdir()
-        write_model(made, card, card.make().state_dict())
-        checkpoints = Checkpoints(directory)
-        receipts = [checkpoints.upload(1, "only", file.name, file) for file in made.iterdir()]
-        checkpoints.commit(Commit(1, 4, "only", 1, 0, "none", receipts))
+        directory = Storage(f"{self.root}/runs/{name}")
+        commit_model(directory, card, card.make().state_dict(), step=1)
         return directory.url
 
 

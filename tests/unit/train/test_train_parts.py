@@ -155,6 +155,15 @@ def test_errors_of_training_cross_processes() -> None:
         ({"gpus": 8, "min_gpus": 2}, 4, 8, 4),
         ({"workers": 3}, 0, 8, 3),
         ({"workers": 3}, 4, 8, 3),
+        ({"workers": 4, "min_workers": 1}, 3, 8, 3),
+        ({"workers": 4, "min_workers": 1}, 8, 8, 4),
+        ({"min_workers": 3}, 4, 8, 4),
+        ({"min_workers": 3}, 0, 8, 3),
+        ({"min_workers": 1}, 0, 8, 2),
+        ({"gpus": 8, "min_workers": 2}, 4, 8, 4),
+        ({"gpus": 8, "workers": 8, "min_gpus": 2}, 4, 8, 4),
+        ({"gpus": 8, "workers": 3, "min_gpus": 2}, 4, 8, 3),
+        ({"gpus": 0, "workers": 4, "min_workers": 2}, 8, 3, 3),
     ],
 )
 def test_workers(cluster: dict[str, int], gpus: int, cores: int, workers: int) -> None:
@@ -164,8 +173,12 @@ def test_workers(cluster: dict[str, int], gpus: int, cores: int, workers: int) -
 @pytest.mark.parametrize(
     ("cluster", "gpus", "message"),
     [
-        ({"gpus": 8}, 4, "cluster.gpus: 8 are asked for, the cluster has 4"),
-        ({"gpus": 8, "min_gpus": 5}, 4, "cluster.min_gpus: 5 are asked for, the cluster has 4"),
+        ({"gpus": 8}, 4, "cluster.gpus: 8 are asked for, the cluster has 4 GPUs"),
+        ({"gpus": 8, "min_gpus": 5}, 4, "cluster.min_gpus: 5 are asked for, the cluster has 4 GPUs"),
+        ({"gpus": 8, "workers": 8, "min_gpus": 2}, 1, "cluster.min_gpus: 2 are asked for, the cluster has 1 GPU"),
+        ({"gpus": 8, "min_workers": 2}, 0, "cluster.min_workers: 2 are asked for, the cluster has 0 GPUs"),
+        ({"min_workers": 4}, 3, "cluster.min_workers: 4 are asked for, and there are 3 GPUs for them"),
+        ({"min_workers": 3}, 0, "cluster.min_workers: 3 are asked for, and there are 2 cores for them"),
         ({"workers": 9}, 0, "cluster.workers: 9 are asked for, and there are 2 cores for them"),
         ({"workers": 9}, 4, "cluster.workers: 9 are asked for, and there are 4 GPUs for them"),
     ],

@@ -166,6 +166,12 @@ def test_shards_that_are_missing(out: Path) -> None:
         read(str(out))
 
 
+def test_a_run_is_exported_by_its_own_command(store: Storage) -> None:
+    store.write("run.yaml", b"")
+    with pytest.raises(CheckpointError, match=rf"{store.url}: is a run; `python -m pipeline.checkpoint export` writes its model"):
+        read(store.url, endpoint=store.endpoint)
+
+
 def test_options_are_the_familys(out: Path) -> None:
     with pytest.raises(ConfigError, match=r"dropuot: no such key, did you mean 'dropout'"):
         read(str(out), dropuot=0.1)

@@ -1,0 +1,85 @@
+"""What object stores tell of an object, and what is left on them of uploads that never ended: each kind in its own words."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+S3 = ("s3", "s3a")
+_PART, _MOST_PARTS = 50 << 20, 10_000  # of an upload to S3, as s3fs has them where it is told nothing
+_AT_ONCE = 16 << 20  # bytes
+
+ReadRange = Callable[[int, int], bytes]  # bytes from, and up to
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a store tells of an object without sending it. `md5`: of the content, in hex, or of the MD5s of its N parts, with "-N" behind
+    it, as S3 has it; None where the store tells none."""
+
+    size: int
+    md5: str | None
+
+
+def head(fs: Any, protocol: str, path: str) -> Head:
+    """One request. S3 tells an MD5 as the ETag, except that of an object under a key of KMS looks like one and is none of the content;
+    Google tells one of what was not composed, Azure of what came in one piece. Files have none: they were synced."""
+    if protocol in S3:
+        bucket, key, _ = fs.split_path(path)
+        told = fs.call_s3("head_object", Bucket=bucket, Key=key)
+        is_md5 = not str(told.get("ServerSideEncryption") or "").startswith("aws:kms")
+        return Head(int(told["ContentLength"]), str(told.get("ETag") or "").strip('"') or None if is_md5 else None)
+    info = fs.info(path)
+    if text := info.get("md5Hash"):
+        return Head(int(info["size"]), base64.b64decode(text).hex())
+    raw = getattr(info.get("content_settings"), "content_md5", None)
+    return Head(int(info["size"]), bytes(raw).hex() if raw else None)
+
+
+def part_size(size: int) -> int:
+    """Bytes of a part of an upload of `size` bytes to S3; up to twice as many go in one piece."""
+    return max(_PART, math.ceil(size / _MOST_PARTS))
+
+
+def md5(read: ReadRange, size: int, protocol: str) -> str:
+    """What `Head.md5` is for the content that `read` gives."""
+    part = part_size(size) if protocol in S3 and size >= 2 * part_size(size) else max(size, 1)
+    digests = [_md5(read, start, min(start + part, size)) for start in range(0, max(size, 1), part)]
+    if part >= size:
+        return digests[0].hex()
+    return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
+
+
+def _md5(read: ReadRange, start: int, stop: int) -> bytes:
+    digest = hashlib.md5(usedforsecurity=False)
+    for at in range(start, stop, _AT_ONCE):
+        digest.update(read(at, min(at + _AT_ONCE, stop)))
+    return digest.digest()
+
+
+def first_difference(one: ReadRange, other: ReadRange, size: int) -> int | None:
+    """Where the first piece of two contents begins that is not the same in both."""
+    pieces = ((at, min(at + _AT_ONCE, size)) for at in range(0, size, _AT_ONCE))
+    return next((start for start, stop in pieces if one(start, stop) != other(start, stop)), None)
+
+
+def abort_uploads(fs: Any, path: str) -> int:
+    """Abort the unfinished uploads in parts of objects on S3 whose paths begin with `path`; gives how many there were."""
+    bucket, prefix, _ = fs.split_path(path)
+    page: dict[str, str] = {}
+    found: list[tuple[str, str]] = []
+    while True:
+        told = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
+        found += [(upload["Key"], upload["UploadId"]) for upload in told.get("Uploads", []) if upload["Key"].startswith(prefix)]
+        if not told.get("IsTruncated"):
+            break
+        page = {"KeyMarker": told["NextKeyMarker"], "UploadIdMarker": told["NextUploadIdMarker"]}
+    for key, upload in found:
+        with suppress(FileNotFoundError):  # it ended meanwhile
+            fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+    return len(found)
