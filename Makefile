@@ -1,6 +1,7 @@
 # make quickstart   set up, then everything, small, on this machine
 # make test         set up, then the tests
 # make venv         set up alone; TORCH_INDEX=url takes torch from another index (such as a CUDA or CPU build of it)
+# make chaos        every fault of tests/cluster, as root, about 45 minutes; writes tests/cluster/RESULTS.md
 # make lint         style, types, import order
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DIGITS := runs/data/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help venv digits quickstart test lint format clean
+.PHONY: help venv digits quickstart test chaos lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,8 +34,12 @@ quickstart: digits
 	$(BIN)/python launch/submit.py configs/quickstart.yaml configs/quickstart-igpt.yaml configs/quickstart-clip.yaml
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m alone tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not chaos"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "alone and not chaos" tests/integration tests/cluster
+
+chaos: venv
+	$(BIN)/python -m pytest -m "chaos or alone" tests/cluster --results tests/cluster/RESULTS.md
+	$(BIN)/python -m tests.cluster.trace --minutes 4 --seed 1 --results tests/cluster/RESULTS.md
 
 lint: venv
 	$(BIN)/ruff check

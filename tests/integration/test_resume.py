@@ -1,4 +1,4 @@
-"""kill -9 of a worker, then of the whole job, and the same command again: the curve goes on as if nothing had happened."""
+"""kill -9 of the whole job, and the same command again: the curve goes on as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.checkpoint import Checkpoints, read_history
 from pipeline.core.storage import Storage
 from tests.integration.services import BIN, ROOT
 
-STEPS = 60
+STEPS = 40
 
 pytestmark = pytest.mark.alone
 
@@ -34,33 +34,26 @@ def _tree(process: psutil.Process) -> Iterator[psutil.Process]:
     yield from process.children(recursive=True)
 
 
-def _await_step(job: subprocess.Popen[str], checkpoints: Checkpoints, step: int, log: Path) -> int:
-    """The newest committed step, once it is `step` or a later one."""
+def _await_step(job: subprocess.Popen[str], checkpoints: Checkpoints, step: int, log: Path) -> None:
+    """Wait until `step` or a later one is committed."""
     deadline = time.monotonic() + 240
     while not (steps := checkpoints.steps()) or steps[-1] < step:
         assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.05)
-    return steps[-1]
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> tuple[Path, int, str]:
-    """(storage, step of the last commit before the end, what the second command said): a run of which a worker was killed, and after its
-    restart everything; and that was begun again."""
+    """(storage, step of the last commit before the end, what the second command said): a run that was killed and begun again."""
     storage = tmp_path_factory.mktemp("broken")
     command, log = [sys.executable, "launch/submit.py", *_arguments(storage, digits)], storage / "log"
     checkpoints = Checkpoints(Storage(str(storage / "quickstart")))
     with log.open("w") as out:
         job = subprocess.Popen(command, cwd=ROOT, stderr=out, text=True)
-    before = _await_step(job, checkpoints, 10, log)
-    workers = [p for p in _tree(psutil.Process(job.pid)) if "RayTrainWorker" in " ".join(p.cmdline())]
-    assert len(workers) == 2
-    workers[-1].kill()
-    _await_step(job, checkpoints, before + 10, log)
+    _await_step(job, checkpoints, 10, log)
     for process in list(_tree(psutil.Process(job.pid))):
         process.kill()
     job.wait()
-    assert "resuming at step" in log.read_text(), "Ray Train restarted the workers"
     killed_at = checkpoints.steps()[-1]
     assert killed_at < STEPS, "it was killed before its end"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -100,7 +93,7 @@ def test_killed_and_typed_again(broken: tuple[Path, int, str], unbroken: Path) -
     storage, killed_at, said = broken
     assert f"resuming at step {killed_at}" in said
     whole, resumed = _losses(unbroken), _losses(storage)
-    print("step  unbroken            killed twice and resumed")
+    print("step  unbroken            killed and resumed")
     for step in range(killed_at - 2, STEPS + 1):
         print(f"{step:>4}  {whole[step]!r:<18}  {resumed[step]!r:<18}")
     assert resumed == whole, "bit for bit, with Ray and without"
