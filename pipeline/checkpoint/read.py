@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
+from queue import SimpleQueue
 
 import torch
 
@@ -50,8 +51,9 @@ def read_into(checkpoints: Checkpoints, commit: Commit, indices: Sequence[Index]
     where = f"checkpoint {checkpoints.directory.url}/{commit.prefix}"
     copies = _plan(indices, wanted, where)
     spans = [(index, span, copies[index.file]) for index in indices for span in _spans(index, copies[index.file])]
+    rooms = _make_rooms()
     with ThreadPoolExecutor(_THREADS) as pool:
-        jobs = [pool.submit(_copy_span, checkpoints, commit, *span) for span in spans]
+        jobs = [pool.submit(_copy_span, checkpoints, commit, rooms, *span) for span in spans]
         done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
         for job in waiting:
             job.cancel()
@@ -65,9 +67,10 @@ def verify(checkpoints: Checkpoints, commit: Commit, told: Callable[[int], None]
     known = {index.file for index in indices}
     total = sum(len(checkpoints.fetch(commit, r.name)) for r in commit.files if r.name not in known)
     told(total)
+    rooms = _make_rooms()
     with ThreadPoolExecutor(_THREADS) as pool:
         spans = [(index, span) for index in indices for span in _whole(index)]
-        for count in pool.map(lambda s: _copy_span(checkpoints, commit, s[0], s[1], []), spans):
+        for count in pool.map(lambda s: _copy_span(checkpoints, commit, rooms, s[0], s[1], []), spans):
             total += count
             told(count)
     return total
@@ -114,41 +117,53 @@ def _whole(index: Index) -> Iterator[tuple[int, int]]:
         yield first, min(first + most, len(index.blocks))
 
 
-def _copy_span(checkpoints: Checkpoints, commit: Commit, index: Index, span: tuple[int, int], copies: Sequence[_Copy]) -> int:
+def _make_rooms() -> SimpleQueue[bytearray]:
+    """Memory for a span apiece of each thread."""
+    rooms: SimpleQueue[bytearray] = SimpleQueue()
+    for _ in range(_THREADS):
+        rooms.put(bytearray())
+    return rooms
+
+
+def _copy_span(
+    checkpoints: Checkpoints, commit: Commit, rooms: SimpleQueue[bytearray], index: Index, span: tuple[int, int], copies: Sequence[_Copy]
+) -> int:
     """Fetch the blocks `span` of a file, verify them, and copy what they hold of `copies`; gives the bytes fetched."""
-    first, after = span
-    begin, end = first * index.block, min(after * index.block, index.size)
-    key = f"{commit.prefix}/{index.file}"
+    room = rooms.get()
+    try:
+        return _copy_through(room, checkpoints, f"{commit.prefix}/{index.file}", index, span, copies)
+    finally:
+        rooms.put(room)
+
+
+def _copy_through(room: bytearray, checkpoints: Checkpoints, key: str, index: Index, span: tuple[int, int], copies: Sequence[_Copy]) -> int:
+    begin, end = span[0] * index.block, min(span[1] * index.block, index.size)
+    if len(room) < end - begin:
+        room.extend(bytes(end - begin - len(room)))
     where = f"checkpoint {checkpoints.directory.url}/{key}"
-    data = _fetch(checkpoints, key, begin, end)
-    for reading in range(1, _READINGS + 1):
-        differing = _first_differing(data, index, span)
-        if differing is None:
-            break
-        if reading == _READINGS:
-            raise Damaged(f"{where}: is damaged, its bytes from {differing:,} on differ from what was saved")
-        data = _fetch(checkpoints, key, begin, end)
-    fetched = torch.frombuffer(bytearray(data), dtype=torch.uint8) if copies else None  # torch wants memory that it may write
-    for c in copies:
-        low, high = max(c.start, begin), min(c.stop, end)
-        if fetched is not None and low < high:  # whole numbers: blocks end where numbers do
-            numbers = fetched[low - begin : high - begin].view(c.dtype)
-            into = c.into + (low - c.start) // c.dtype.itemsize
-            c.tensor[into : into + numbers.numel()].copy_(numbers)
+    with memoryview(room) as whole, whole[: end - begin] as view:
+        for reading in range(1, _READINGS + 1):
+            try:
+                count = retrying(where, lambda: checkpoints.directory.read_into(key, begin, view))
+            except FileNotFoundError:
+                raise Damaged(f"{where}: is missing") from None
+            differing = _first_differing(view[:count], index, span)
+            if differing is None:
+                break
+            if reading == _READINGS:
+                raise Damaged(f"{where}: is damaged, its bytes from {differing:,} on differ from what was saved")
+        for c in copies:
+            low, high = max(c.start, begin), min(c.stop, end)
+            if low < high:  # whole numbers: blocks end where numbers do
+                numbers = torch.frombuffer(view[low - begin : high - begin], dtype=torch.uint8).view(c.dtype)
+                into = c.into + (low - c.start) // c.dtype.itemsize
+                c.tensor[into : into + numbers.numel()].copy_(numbers)
+                del numbers  # which holds the view
     return end - begin
 
 
-def _fetch(checkpoints: Checkpoints, key: str, begin: int, end: int) -> bytes:
-    where = f"checkpoint {checkpoints.directory.url}/{key}"
-    try:
-        return retrying(where, lambda: checkpoints.directory.read_range(key, begin, end))
-    except FileNotFoundError:
-        raise Damaged(f"{where}: is missing") from None
-
-
-def _first_differing(data: bytes, index: Index, span: tuple[int, int]) -> int | None:
+def _first_differing(view: memoryview, index: Index, span: tuple[int, int]) -> int | None:
     """Where in its file the first block begins that is not as it was saved."""
-    view = memoryview(data)
     for number in range(*span):
         at = (number - span[0]) * index.block
         part = view[at : at + index.block]

@@ -105,7 +105,7 @@ def copy_rate(memory: HostMemory, source: torch.Tensor) -> float:
 def race_stall(subject: Subject, folder: Path, pairs: int) -> None:
     steps = [subject.step() for _ in range(3)][1:]
     saves = Saves(subject, Storage(str(folder / "run")))
-    source = torch.zeros(saves.saver.memory.bytes // 4)
+    source = torch.ones(saves.saver.memory.bytes // 4)  # pages of zeros would all be one
     plain = HostMemory([Fragment("weight", "all", 0, source)])
     saves.save(), copy_rate(plain, source)
     stalls, ratios, committed, theirs = [], [], [], []
