@@ -1,7 +1,7 @@
 # make quickstart   set up, then everything, small, on this machine
 # make test         set up, then the tests
 # make venv         set up alone; TORCH_INDEX=url takes torch from another index (such as a CUDA or CPU build of it)
-# make chaos        every fault of tests/cluster, as root, about 45 minutes; writes tests/cluster/RESULTS.md
+# make chaos        every fault of tests/cluster, as root, an hour or more; writes tests/cluster/RESULTS.md
 # make lint         style, types, import order
 
 PYTHON ?= python3
