@@ -142,11 +142,6 @@ class Storage:
         with self._explained("read", key):
             return bool(self.fs.exists(self._at(key)))
 
-    def size(self, key: str) -> int:
-        """Bytes of an object. Raises FileNotFoundError where there is no such object."""
-        with self._explained("read", key):
-            return int(self.fs.info(self._at(key))["size"])
-
     def head(self, key: str) -> stores.Head:
         """The size of an object, and the checksum that the store has of it. Raises FileNotFoundError where there is no such object."""
         with self._explained("read", key):

@@ -34,14 +34,14 @@ def test_write_read(store: Storage, tmp_path: Path) -> None:
     store.write("a/b.txt", b"two")  # over what was there
     assert store.read("a/b.txt") == b"two"
     assert store.exists("a/b.txt") and store.exists("a") and not store.exists("a/c")
-    assert store.size("a/b.txt") == 3
+    assert store.head("a/b.txt").size == 3
     assert store.read_range("a/b.txt", 1, 9) == b"wo" and store.read_range("a/b.txt", 7, 9) == b"", "what is there of a range"
     room = bytearray(5)
     with memoryview(room) as view:
         assert store.read_into("a/b.txt", 1, view) == 2 and room[:2] == b"wo" and store.read_into("a/b.txt", 7, view) == 0
         with pytest.raises(FileNotFoundError):
             store.read_into("a/c", 0, view)
-    for missing in (store.read, store.size):
+    for missing in (store.read, store.head):
         with pytest.raises(FileNotFoundError):
             missing("a/c")
     with pytest.raises(FileNotFoundError):
