@@ -32,7 +32,7 @@ from pipeline.evaluate.results import Result
 from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks
 from pipeline.models import build
-from pipeline.objectives import Facts, check_mixing
+from pipeline.objectives import Facts, check_best, check_mixing
 from pipeline.plan import Plan, make_plan
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
@@ -65,6 +65,8 @@ def check_config(config: Config) -> None:
     if p:
         options_of(p, classes=2)
         check_mixing(p.objective.name, p.image)
+        if p.save.best:
+            check_best(p.objective.name, p.save.best)
         choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
         if config.shard:

@@ -257,13 +257,6 @@ class Best(Section):
     metric: str = "validate/loss"
     is_higher_better: Flag = Field(False, alias="higher")
 
-    @field_validator("metric")
-    @classmethod
-    def _is_of_validation(cls, metric: str) -> str:
-        if not re.fullmatch(r"validate/\S+", metric):
-            raise ValueError("is no metric of validation; these begin with validate/, such as validate/loss")
-        return metric
-
 
 class Save(Section):
     """`every: auto` works the interval out from what a save costs and how often machines fail."""

@@ -23,6 +23,7 @@ class CaptionPrediction(Objective):
 
     families = frozenset({"caption"})
     needs = frozenset({"captions"})
+    metrics = frozenset({"top1"})
 
     @staticmethod
     def model_options(options: Options, facts: Facts) -> Mapping[str, Any]:
@@ -51,6 +52,7 @@ class BagOfWords(Objective):
 
     families = CLASSIFIERS
     needs = frozenset({"captions"})
+    metrics = frozenset({"top1"})
 
     @staticmethod
     def model_options(options: Options, facts: Facts) -> Mapping[str, Any]:

@@ -33,6 +33,7 @@ class Classify(Objective):
 
     families = CLASSIFIERS
     needs = frozenset({"labels"})
+    metrics = frozenset({"top1"})
     mixes = True
     arguments = ClassifyOptions
     options: ClassifyOptions

@@ -23,6 +23,7 @@ class Contrastive(Objective):
 
     families = frozenset({"clip"})
     needs = frozenset({"captions"})
+    metrics = frozenset({"logit_scale", "top1"})
 
     @staticmethod
     def model_options(options: Options, facts: Facts) -> Mapping[str, Any]:
@@ -42,6 +43,7 @@ class SigmoidContrastive(Objective):
 
     families = frozenset({"clip"})
     needs = frozenset({"captions"})
+    metrics = frozenset({"logit_scale", "top1"})
 
     @staticmethod
     def model_options(options: Options, facts: Facts) -> Mapping[str, Any]:

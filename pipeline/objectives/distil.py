@@ -43,6 +43,7 @@ class Distil(Objective):
 
     families = CLASSIFIERS
     needs = frozenset({"labels", "teacher"})
+    metrics = frozenset({"agree", "lesson", "top1"})
     mixes = True
     arguments = DistilOptions
     options: DistilOptions

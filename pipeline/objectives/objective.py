@@ -20,6 +20,7 @@ from pipeline.stream.mixing import mixed
 from pipeline.stream.palette import Palette
 
 Metrics = dict[str, torch.Tensor]
+VALIDATION = "validate/"  # before the names of loss and metrics on held-out data
 Need = Literal["labels", "captions", "palette", "teacher"]
 
 
@@ -73,11 +74,13 @@ class Objective:
     """Base of all objectives. The loss is a mean over `count(batch)` samples, and so is each metric.
 
     `families` are those of the models it can train, `needs` what it asks of the data. Masks and other draws come from torch's
-    generator, which the loop seeds by the micro-batch. `mixes`: whether targets follow when images are mixed (mixup, CutMix).
+    generator, which the loop seeds by the micro-batch. `metrics`: what it measures beside the loss. `mixes`: whether targets follow when
+    images are mixed (mixup, CutMix).
     """
 
     families: ClassVar[frozenset[str]]
     needs: ClassVar[frozenset[Need]]
+    metrics: ClassVar[frozenset[str]] = frozenset()
     mixes: ClassVar[bool] = False
     arguments: ClassVar[type[Options]] = Options
 
@@ -90,7 +93,7 @@ class Objective:
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-        """The loss of a batch on the model's device, and metrics."""
+        """The loss of a batch on the model's device, and the metrics that the class names."""
         raise NotImplementedError
 
     def count(self, batch: MicroBatch) -> torch.Tensor:

@@ -42,6 +42,7 @@ class MaskedPatches(Objective):
 
     families = frozenset({"vit"})
     needs = frozenset()
+    metrics = frozenset({"top1"})
     arguments = PatchesOptions
     options: PatchesOptions
 

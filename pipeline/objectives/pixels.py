@@ -78,6 +78,7 @@ class PixelsAndClasses(Objective):
 
     families = frozenset({"igpt"})
     needs = frozenset({"palette", "labels"})
+    metrics = frozenset({"classes", "generative", "top1"})
     arguments = JointOptions
     options: JointOptions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.schema import Image
+from pipeline.config.schema import Best, Image
 from pipeline.core.errors import ConfigError, choose
 from pipeline.models import check_model
 from pipeline.models.options import Options, parse
@@ -14,7 +14,7 @@ from pipeline.objectives.caption import BagOfWords, CaptionPrediction
 from pipeline.objectives.classify import Classify
 from pipeline.objectives.contrastive import Contrastive, SigmoidContrastive
 from pipeline.objectives.distil import Distil
-from pipeline.objectives.objective import Facts, Inputs, Objective
+from pipeline.objectives.objective import VALIDATION, Facts, Inputs, Objective
 from pipeline.objectives.patches import MaskedAutoencoder, MaskedPatches
 from pipeline.objectives.pixels import BertPixels, NextPixel, PixelsAndClasses
 
@@ -71,6 +71,11 @@ def check_mixing(objective: str, image: Image) -> None:
     if not OBJECTIVES[objective].mixes and (key := "mixup" if image.mixup else "cutmix" if image.cutmix else None):
         allowed = ", ".join(sorted(name for name, kind in OBJECTIVES.items() if kind.mixes))
         raise ConfigError(f"pretrain.image.{key}: mixes images with their labels, and {objective!r} has none (allowed for: {allowed})")
+
+
+def check_best(objective: str, best: Best) -> None:
+    """Raises ConfigError where validation of `objective` does not measure what the best checkpoint is chosen by."""
+    choose("pretrain.save.best.metric", best.metric, [f"{VALIDATION}{name}" for name in ("loss", *OBJECTIVES[objective].metrics)])
 
 
 def check_name(model: str, objective: str, families: frozenset[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from pipeline.config.schema import Pretrain
 from pipeline.core.errors import Diverged
 from pipeline.core.world import World
-from pipeline.objectives import Objective
+from pipeline.objectives import VALIDATION, Objective
 from pipeline.plan import Plan
 from pipeline.stream import Dataset, Stream
 from pipeline.stream.batches import evaluation_batches, filler
@@ -113,7 +113,7 @@ def validate(engine: Engine, objective: Objective, held_out: Dataset, stream: St
                 totals[name] = totals.get(name, 0) + value * weight
     sums = _mean(totals, 1, world)
     count = max(1.0, sums.pop("count"))
-    return {f"validate/{name}": value / count for name, value in sums.items()}
+    return {f"{VALIDATION}{name}": value / count for name, value in sums.items()}
 
 
 def _mean(totals: dict[str, torch.Tensor], count: int, world: World) -> Row:

@@ -16,14 +16,13 @@ from pipeline.core.progress import Progress, say
 from pipeline.core.tracking import Tracker
 from pipeline.core.units import Duration, format_count
 from pipeline.core.world import World
+from pipeline.objectives import VALIDATION
 from pipeline.plan import Plan
 from pipeline.stream import Stream
 from pipeline.train.keeper import Keeper, Signals
 from pipeline.train.loop import Row
 from pipeline.train.saving import State, files, fragments
 from pipeline.train.zero import Engine
-
-VALIDATION = "validate/"
 
 
 class Recorder:

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.schema import Image
+from pipeline.config.schema import Best, Image
 from pipeline.core.errors import ConfigError
 from pipeline.models.registry import GIVEN
-from pipeline.objectives import OBJECTIVES, Facts, check_mixing, model_options
+from pipeline.objectives import OBJECTIVES, VALIDATION, Facts, check_best, check_mixing, model_options
 from pipeline.stream.batches import filler
 from tests.unit.objectives.small import FACTS, LENGTH, MODELS, NEEDED, PIXELS, a_batch, set_up
 
@@ -47,7 +47,7 @@ def test_loss_and_metrics_are_scalars_in_fp32_from_a_model_in_bf16(name: str) ->
     torch.manual_seed(0)
     expected, same = of_exact.loss(exact, a_batch())
     assert loss.dtype == torch.float32 and loss.shape == () and all(value.shape == () for value in metrics.values())
-    assert set(metrics) == set(same) and loss.item() == pytest.approx(expected.item(), rel=0.1)
+    assert set(metrics) == set(same) == type(objective).metrics and loss.item() == pytest.approx(expected.item(), rel=0.1)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
@@ -133,3 +133,12 @@ def test_what_has_no_labels_to_mix(name: str) -> None:
             message = rf"^pretrain.image.{key}: mixes images with their labels, and '{name}' has none \(allowed for: classify, distil\)$"
             with pytest.raises(ConfigError, match=message):
                 check_mixing(name, Image(**{key: 0.2}))
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_the_best_is_chosen_by_what_is_measured(name: str) -> None:
+    for metric in ("loss", *OBJECTIVES[name].metrics):
+        check_best(name, Best(metric=f"{VALIDATION}{metric}"))
+    for metric in ("top1", "validate/", "validate/accuracy"):
+        with pytest.raises(ConfigError, match=rf"^pretrain.save.best.metric: '{metric}' is not known.*\(allowed: .*validate/loss"):
+            check_best(name, Best(metric=metric))
