@@ -22,7 +22,7 @@ from pipeline.checkpoint.model import check_start
 from pipeline.checkpoint.read import verify
 from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
-from pipeline.config.schema import Data
+from pipeline.config.data import Data
 from pipeline.core.errors import CheckpointError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.checkpoint.commit import Checkpoints, Commit, Lease
-from pipeline.config.schema import Pretrain
+from pipeline.config.pretrain import Pretrain
 
 
 @dataclass(frozen=True)

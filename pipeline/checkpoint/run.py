@@ -13,8 +13,8 @@ import yaml
 
 from pipeline.checkpoint.commit import Checkpoints
 from pipeline.config import Config, fingerprint
+from pipeline.config.data import Data
 from pipeline.config.load import parse_config, parse_yaml
-from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError, NoSuchRun
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker

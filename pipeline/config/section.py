@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import (
@@ -98,3 +99,10 @@ class Section(BaseModel):
         schema["properties"]["extends"] = {"type": "string", "description": "a file that this section varies"}
         schema.pop("required", None)
         return {"anyOf": [schema, {"type": "string"}]} if cls._key_of_plain_word() else schema
+
+
+def check_word(name: str) -> str:
+    """`name`, where it may be part of a path. Raises ValueError where it may not."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("may hold letters, digits, '.', '_' and '-' only, and begins with a letter or digit")
+    return name

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from pipeline.checkpoint import ModelCard, adapt_weights
-from pipeline.config.schema import FineTune, Image
+from pipeline.config.evaluate import FineTune
+from pipeline.config.pretrain import Image
 from pipeline.core.errors import Diverged
 from pipeline.core.progress import Progress
 from pipeline.evaluate.features import device, extract, labelled, logits_of

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint import ModelCard
-from pipeline.config.schema import Evaluate, FineTune, Pretrain
+from pipeline.config.evaluate import Evaluate, FineTune
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, choose
 from pipeline.models.registry import as_classifier, family_of
 from pipeline.train.inputs import options_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-from pipeline.config.schema import Config, Suite
+from pipeline.config.evaluate import Suite
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, DataError, choose
 from pipeline.core.storage import Storage
 from pipeline.evaluate.protocols import Kind, check_protocols

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.schema import Best, Image
+from pipeline.config.pretrain import Best, Image
 from pipeline.core.errors import ConfigError, choose
 from pipeline.models import check_model
 from pipeline.models.options import Options, parse

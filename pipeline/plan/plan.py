@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config import Config
-from pipeline.config.schema import Pretrain
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError
 from pipeline.models import Model, build, flops
 from pipeline.objectives import Facts, model_options

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.config.schema import Shard, Source
+from pipeline.config.data import Shard, Source
 from pipeline.core.errors import ConfigError, CredentialsError, DataError, StorageError, choose
 from pipeline.core.storage import Storage
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from pipeline.config import fingerprint
-from pipeline.config.schema import Bound, Cache, Data, Image
+from pipeline.config.data import Bound, Data
+from pipeline.config.pretrain import Cache, Image
 from pipeline.core.errors import ConfigError
 from pipeline.core.units import format_bytes
 from pipeline.stream.mixture import PARTS, Mixture, whole_shares

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config import fingerprint
-from pipeline.config.schema import Bound, Cache, Data, Image
+from pipeline.config.data import Bound, Data
+from pipeline.config.pretrain import Cache, Image
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.world import World
 from pipeline.stream.augment import training_view

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.schema import Bound
-from pipeline.config.schema import Cache as CacheSection
+from pipeline.config.data import Bound
+from pipeline.config.pretrain import Cache as CacheSection
 from pipeline.core.errors import DataError
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage

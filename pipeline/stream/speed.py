@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from pipeline.config.schema import Cache, Data, Image
+from pipeline.config.data import Data
+from pipeline.config.pretrain import Cache, Image
 from pipeline.core.progress import Progress
 from pipeline.stream.augment import training_view
 from pipeline.stream.collection import open_collection

@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.data import Data
 from pipeline.config.load import parse_config, parse_yaml
-from pipeline.config.schema import Config, Data, Image, Pretrain
+from pipeline.config.pretrain import Image, Pretrain
+from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, DataError, NoSuchRun, UserError
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Storage

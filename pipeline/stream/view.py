@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import fingerprint
-from pipeline.config.schema import Bound
+from pipeline.config.data import Bound
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.files import read_checked
 from pipeline.core.progress import Progress

@@ -16,7 +16,7 @@ from pipeline.checkpoint.commit import Commit
 from pipeline.checkpoint.fragments import Fragment
 from pipeline.checkpoint.interval import best_interval, mean_time_between_failures
 from pipeline.checkpoint.save import Outcome, Saver
-from pipeline.config.schema import Save
+from pipeline.config.pretrain import Save
 from pipeline.core.errors import Diverged, Fenced, Preempted, TesseraError, Unsaved
 from pipeline.core.progress import say
 from pipeline.core.units import format_bytes, format_seconds

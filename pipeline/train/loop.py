@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from pipeline.config.schema import Pretrain
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import Diverged
 from pipeline.core.world import World
 from pipeline.objectives import VALIDATION, Objective

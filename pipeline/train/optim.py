@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.schema import Optimizer
+from pipeline.config.pretrain import Optimizer
 from pipeline.models import Model
 
 

@@ -11,7 +11,7 @@ from pipeline.checkpoint.fragments import Fragment
 from pipeline.checkpoint.ledger import Ledger
 from pipeline.checkpoint.save import Outcome, Saver, new_attempt
 from pipeline.config import fingerprint
-from pipeline.config.schema import Pretrain
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.progress import Progress, say
 from pipeline.core.tracking import Tracker
 from pipeline.core.units import Duration, format_count

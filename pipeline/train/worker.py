@@ -26,7 +26,7 @@ from pipeline.checkpoint.requests import Requests
 from pipeline.checkpoint.retain import retention_of
 from pipeline.checkpoint.save import Saver
 from pipeline.config import Config, load_config
-from pipeline.config.schema import Pretrain
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, Preempted, TesseraError
 from pipeline.core.progress import say
 from pipeline.core.tracking import Tracker

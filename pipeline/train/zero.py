@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.checkpoint.fragments import Fragment
-from pipeline.config.schema import Pretrain
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError
 from pipeline.core.world import World
 from pipeline.models import Model

@@ -28,7 +28,7 @@ from pipeline.checkpoint.fragments import BLOCK, Fragment
 from pipeline.checkpoint.memory import HostMemory
 from pipeline.checkpoint.retain import Retention
 from pipeline.checkpoint.save import Saver, new_attempt
-from pipeline.config.schema import Optimizer, Pretrain
+from pipeline.config.pretrain import Optimizer, Pretrain
 from pipeline.core.storage import Storage
 from pipeline.core.upload import Uploader
 from pipeline.core.world import World

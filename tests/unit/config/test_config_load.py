@@ -11,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import Config, fingerprint, load_config, parse_config
+from pipeline.config.data import Data
 from pipeline.config.load import parse_yaml
-from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError
 from pipeline.core.units import Duration
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import Bound, Cache
+from pipeline.config.data import Bound
+from pipeline.config.pretrain import Cache
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest

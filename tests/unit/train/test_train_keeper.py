@@ -17,7 +17,7 @@ from pipeline.checkpoint.fragments import Fragment
 from pipeline.checkpoint.requests import Requests, ask
 from pipeline.checkpoint.retain import Retention
 from pipeline.checkpoint.save import Outcome, Saver, new_attempt
-from pipeline.config.schema import Save
+from pipeline.config.pretrain import Save
 from pipeline.core.errors import Diverged, ExitCode, Fenced, InfrastructureError, Preempted, Unsaved
 from pipeline.core.progress import Event, set_sink
 from pipeline.core.storage import Storage

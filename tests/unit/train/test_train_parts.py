@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.schema import Cluster, Optimizer
+from pipeline.config.pretrain import Optimizer
+from pipeline.config.schema import Cluster
 from pipeline.core.errors import CheckpointError, ConfigError, Diverged
 from pipeline.core.storage import Storage
 from pipeline.core.world import World

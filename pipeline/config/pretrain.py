@@ -1,0 +1,221 @@
+"""The section `pretrain` of a config: the model, what it sees, how it is trained and saved."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Time
+from pipeline.core import units
+
+
+class _Named(Section):
+    """Something by name, and the arguments its builder takes; null takes away one that an extended file gave."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+
+
+class ModelSection(_Named):
+    """A model by name: `python -m pipeline.models` lists them."""
+
+
+class Objective(_Named):
+    """What training minimises."""
+
+
+class RandAugment(Section):
+    """arXiv 1909.13719: `ops` random operations an image, of a strength around `magnitude` (0 to 10)."""
+
+    ops: Count = 2
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9
+    deviation: Annotated[float, Field(ge=0)] = Field(0.5, description="standard deviation of the magnitude, as DeiT has it")
+
+
+class Image(Section):
+    """From a sample's image to the model's input; what is 0 or null is off."""
+
+    pixels: Count = 224
+    crop: Literal["random-resized", "random-square", "none"] = "random-resized"
+    scale: tuple[Part, Part] = Field((0.08, 1.0), description="area kept by random-resized, as fractions")
+    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="aspect ratios of random-resized")
+    flip: Flag = True
+    color_jitter: Annotated[float, Field(ge=0, le=1)] = Field(0, description="brightness, contrast and saturation within 1 +- this")
+    rand_augment: RandAugment | None = None
+    erase: Fraction = Field(0, description="probability of random erasing, with noise")
+    mixup: Annotated[float, Field(ge=0)] = Field(0, description="alpha of mixup's Beta distribution")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0, description="alpha of CutMix's; with mixup too, one of them by the toss of a coin")
+    repeats: Count = Field(1, description="repeated augmentation: views of a sample in a row; an epoch still counts N views of N samples")
+    enlarge: Flag = Field(False, description="accept images smaller than `pixels`")
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _smaller_first(cls, ends: tuple[float, float]) -> tuple[float, float]:
+        if ends[0] > ends[1]:
+            raise ValueError("must give the smaller number first")
+        return ends
+
+
+class Text(Section):
+    """From a sample's caption to tokens."""
+
+    _plain_key: str = "tokenizer"
+    tokenizer: str | None = Field(
+        None,
+        description="a tokenizer.json that `python -m pipeline.stream.text` made, or OpenAI's vocabulary (.txt.gz); "
+        "default: the run learns one from its captions",
+    )
+    sha256: str | None = Field(None, description="of that file; what differs is refused")
+    size: Count = Field(49408, description="tokens, at most, where the run learns them")
+    length: Annotated[int, Field(ge=3)] = Field(77, description="tokens a caption, the first and last marks included")
+
+
+class Palette(Section):
+    """From pixels to colour numbers, for models of pixels."""
+
+    _plain_key: str = "url"
+    url: str | None = Field(
+        None,
+        description="a .npy that `python -m pipeline.stream.palette` made, OpenAI's clusters, or `three-bit`; "
+        "default: the run learns one from its images",
+    )
+    sha256: str | None = Field(None, description="of that file; what differs is refused")
+    colors: Annotated[int, Field(ge=2, le=2**15)] = Field(512, description="how many, where the run learns them")
+
+
+class Cache(Section):
+    """Where a machine keeps what it fetched of remote datasets; all its processes share it."""
+
+    _plain_key: str = "path"
+    path: str | None = Field(None, description="default: tessera-cache-<user> in the temporary directory")
+    size: Bytes = 20 * 2**30
+
+
+class Loader(Section):
+    """How samples are read. Only `block` changes what a batch holds."""
+
+    workers: Annotated[int, Field(ge=0)] = Field(1, description="decoding threads of a rank; 0 decodes in line")
+    block: Count | None = Field(None, description="neighbouring samples read together; default: 1 on local disks, else 64")
+    bad: Fraction = Field(0.01, description="the run stops where a larger fraction of samples had to be replaced")
+    cache: Cache = Cache()
+
+
+class Start(Section):
+    """Begin from another run's checkpoint, `URL` (its newest) or `URL@step`, or from a published model's weights: a directory or file in
+    Hugging Face's, timm's, open_clip's, OpenAI's or Google's form."""
+
+    _plain_key: str = "from"
+    from_: str = Field(alias="from")
+    load: Literal["weights", "all"] = "weights"
+
+
+class Optimizer(Section):
+    name: str = "adamw"
+    lr: Positive = 1e-3
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Positive | None = Field(None, description="largest norm of the whole gradient")
+
+
+class Schedule(Section):
+    """`rsqrt` goes on for ever, so it has a `cooldown` to end with."""
+
+    name: str = "cosine"
+    warmup: Span | None = None
+    cooldown: Span | None = Field(None, description="of rsqrt: linear to zero over the last of the run")
+    timescale: Span | None = Field(None, description="of rsqrt: after it the rate is 1 / sqrt 2 of its peak; default: 10000 steps")
+
+    @model_validator(mode="after")
+    def _only_rsqrt_goes_on(self) -> Schedule:
+        for key in ("cooldown", "timescale"):
+            if getattr(self, key) and self.name != "rsqrt":
+                raise ValueError(f"{key}: is of the schedule rsqrt alone, and this is {self.name}")
+        return self
+
+
+class Zero(Section):
+    """What the ranks share among them (Rajbhandari et al. 2020): nothing; the optimiser's state; gradients too; parameters too."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer"] = Field("none", description="keeps the optimiser's state, and its step, in the host's memory")
+
+    @model_validator(mode="after")
+    def _offloads_what_is_shared(self) -> Zero:
+        if self.offload != "none" and self.stage == 0:
+            raise ValueError(f"offload: {self.offload!r} needs a stage of 1, 2 or 3")
+        return self
+
+
+class Best(Section):
+    """The checkpoint with the best of a validation metric."""
+
+    _plain_key = "metric"
+
+    metric: str = "validate/loss"
+    is_higher_better: Flag = Field(False, alias="higher")
+
+
+class Save(Section):
+    """`every: auto` works the interval out from what a save costs and how often machines fail."""
+
+    every: Interval | Literal["auto"] = units.Duration(10, "minute")
+    keep: Count = Field(3, description="the newest checkpoints that stay")
+    permanent: Span | None = Field(None, description="checkpoints at its multiples stay for ever")
+    best: Best | None = Field(None, description="the best by a validation metric stays")
+    retry: Time = Field(units.Duration(10, "minute"), description="how long an upload that fails is tried again")
+    patience: Time = Field(units.Duration(2, "hour"), description="after so long without a checkpoint the run ends")
+    notice: Time | None = Field(None, description="how long before it goes a machine is told to; a save must fit into it")
+
+    @model_validator(mode="after")
+    def _patience_outlasts_retry(self) -> Save:
+        if self.patience.seconds < self.retry.seconds:
+            raise ValueError(f"patience: {self.patience} is shorter than pretrain.save.retry, which is {self.retry}; give as much or more")
+        return self
+
+
+class Validate(Section):
+    every: Span = units.Duration(1, "epoch")
+    split: str = "test"
+
+
+class Pretrain(Section):
+    model: ModelSection
+    objective: Objective = Objective(name="classify")
+    image: Image = Image()
+    text: Text | None = None
+    palette: Palette | None = None
+    start: Start | None = None
+    batch: Count = Field(256, description="global, in samples")
+    micro_batch: Count = Field(64, description="one forward pass of one rank, in samples")
+    duration: Span
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero: Zero = Zero()
+    save: Save = Save()
+    # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
+    validation: Validate | None = Field(None, alias="validate")
+    log: Span = Field(units.Duration(10, "step"), description="how often metrics are recorded")
+    loader: Loader = Loader()
+    split: str = "train"
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Pretrain:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch: {self.batch} is not a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Pretrain:
+        if self.save.best and not self.validation:
+            raise ValueError(f"save.best: {self.save.best.metric} is measured by validation, and there is no section pretrain.validate")
+        return self
