@@ -6,7 +6,10 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import torch
@@ -25,10 +28,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, without what it says while it is imported, and without the shared-memory operator that it would
-    otherwise compile for half a minute at the first start (it serves only `inference_all_reduce`)."""
+    """DeepSpeed, without what it says while it is imported, without the shared-memory operator that it would otherwise compile for half a
+    minute at the first start (it serves only `inference_all_reduce`), and without MLflow, which its autotuner would import: two seconds of
+    every rank's start."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), _hidden("mlflow"):
         warnings.simplefilter("ignore")
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         import deepspeed
@@ -38,6 +42,24 @@ def _import_deepspeed() -> Any:
         if not torch.cuda.is_available():
             deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """In this block, this thread cannot import the module `name`, unless it was imported before. Other threads can."""
+    thread = threading.get_ident()
+
+    class Hidden(MetaPathFinder):
+        def find_spec(self, wanted: str, *_: Any) -> None:
+            if wanted == name and threading.get_ident() == thread:
+                raise ModuleNotFoundError(f"{name} is hidden here", name=name)
+
+    finder = Hidden()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def join_group(world: World) -> None:

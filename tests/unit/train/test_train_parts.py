@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from itertools import islice, pairwise
 from pathlib import Path
@@ -22,7 +24,7 @@ from pipeline.train.job import choose_workers
 from pipeline.train.loop import Clock
 from pipeline.train.optim import OPTIMIZERS, build_optimizer, decay_groups
 from pipeline.train.schedule import SCHEDULES, factor
-from pipeline.train.zero import check_precision
+from pipeline.train.zero import _hidden, check_precision
 
 
 @pytest.mark.parametrize(
@@ -187,3 +189,21 @@ def test_workers(cluster: dict[str, int], gpus: int, cores: int, workers: int) -
 def test_more_workers_than_the_cluster_has(cluster: dict[str, int], gpus: int, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}$"):
         choose_workers(Cluster.model_validate(cluster), gpus, 2)
+
+
+def test_a_module_is_hidden_from_one_thread_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "no_such_one.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found: list[bool] = []
+
+    def look() -> None:
+        found.append(importlib.util.find_spec("no_such_one") is not None)
+
+    with _hidden("no_such_one"):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("no_such_one")
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+    look()
+    assert found == [True, True]
