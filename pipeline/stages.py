@@ -85,7 +85,7 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
     """Raises TesseraError for what the config names and is not there, or cannot be used: source, data, storage, start.
 
     With `write`, an object is written to the storage and removed. Datasets at the URLs of `coming` need not be there yet. With `fresh`,
-    the checkpoints that are there are not looked at.
+    what the run has there already is not looked at.
     """
     p, endpoint = config.pretrain, config.storage.endpoint
     if p and config.cluster.is_local:
@@ -104,7 +104,7 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
     if p and is_to_run:
         check_teacher(p, classes, endpoint)
     if p and is_to_run and (fresh or not Checkpoints(run_directory(config)).steps()):  # with checkpoints of its own a run needs no other
-        named = named_inputs(p, endpoint, run_directory(config))
+        named = named_inputs(p, endpoint, None if fresh else run_directory(config))
         if p.start:
             check_start(p.start.from_, p.start.load, lambda n: build(p.model.name, options_of(p, n, named), device="meta"), endpoint)
     if write:

@@ -74,22 +74,24 @@ def options_of(p: Pretrain, classes: int, named: Prepared | None = None) -> Opti
     return model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
 
 
-def named_inputs(p: Pretrain, endpoint: str | None, own: Storage) -> Prepared:
-    """What the run in the directory `own` keeps; else what the config names, or what the run that it starts from was trained with;
-    None for what is to be learned.
+def named_inputs(p: Pretrain, endpoint: str | None, own: Storage | None) -> Prepared:
+    """What the run in the directory `own` keeps, if there is one; else what the config names, or what the run that it starts from was
+    trained with; None for what is to be learned.
 
     Raises:
         DataError: a file that is named cannot be read. CheckpointError: the run to start from cannot. ConfigError: nothing is named,
             and what it starts from comes without; numbers of other colours or words would mean nothing to it.
     """
     wanted, palette, tokenizer = needs(p), None, None
-    kept = {name for name in (PALETTE, TOKENIZER) if wanted & {"palette", "captions"} and own.exists(name)}
+    kept: dict[str, str] = {}
+    if own is not None and wanted & {"palette", "captions"}:
+        kept = {name: f"{own.url}/{name}" for name in (PALETTE, TOKENIZER) if own.exists(name)}
     wants_more = ("palette" in wanted and PALETTE not in kept) or ("captions" in wanted and TOKENIZER not in kept)
     card = find_start_card(p.start.from_, endpoint) if p.start and wants_more else None
     if "palette" in wanted:
         section = p.palette or PaletteSection()
         if PALETTE in kept:
-            palette = Palette.load(f"{own.url}/{PALETTE}", endpoint=endpoint)
+            palette = Palette.load(kept[PALETTE], endpoint=endpoint)
         elif section.url == THREE_BIT:
             palette = Palette.three_bit()
         elif section.url:
@@ -101,7 +103,7 @@ def named_inputs(p: Pretrain, endpoint: str | None, own: Storage) -> Prepared:
     if "captions" in wanted:
         text = p.text or Text()
         if TOKENIZER in kept:
-            tokenizer = Tokenizer.load(f"{own.url}/{TOKENIZER}", endpoint=endpoint)
+            tokenizer = Tokenizer.load(kept[TOKENIZER], endpoint=endpoint)
         elif text.tokenizer:
             tokenizer = Tokenizer.load(text.tokenizer, text.sha256, endpoint)
         elif p.start:

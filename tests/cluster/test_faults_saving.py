@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.checkpoint.read import newest_sound
 from pipeline.core.errors import ExitCode
-from tests.cluster.evidence import SAME_SIZE, check_run, loss_of
+from tests.cluster.evidence import SAME_SIZE, check_run, loss_of, standstill
 from tests.cluster.here import LONG_HERE, STEPS_HERE, Here
 from tests.cluster.runs import EVERY, Row, running
 from tests.faults import faulty_store
@@ -74,6 +74,26 @@ def test_disk_full(here: Here, told: Told, tmp_path: Path) -> None:
         assert alarm.step < LONG_HERE
         run = here.run(values)
         told |= {"lost": 0, "losses": check_run(run, _longer(here), LONG_HERE, SAME_SIZE)}
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.fault("S3 answers 503 for ten minutes", "to every request; training goes on to its last step, whose save waits for the store")
+def test_store_fails_for_long(here: Here, unbroken_here: list[Row], told: Told) -> None:
+    with faulty_store(here.endpoint) as (endpoint, store):
+        values = here.config("outage", endpoint=endpoint)
+        with running(here.start(values, has_ray=False)) as job:
+            moment = job.at_step(2 * AT)
+            store.plan = lambda method, path: "error"
+            time.sleep(600)
+            after = job.moment()
+            assert after.step == STEPS_HERE and job.process.poll() is None
+            store.plan = lambda method, path: None
+            job.ends_with(0)
+    assert store.seen["error"] > 0 and "resuming" not in job.text()
+    run = here.run(values)
+    standing = standstill(run, moment, until=after.at)
+    told |= {"lost": 0, "seconds": standing, "losses": check_run(run, unbroken_here, STEPS_HERE, SAME_SIZE)}
+    assert standing < 5
 
 
 def _longer(here: Here) -> list[Row]:

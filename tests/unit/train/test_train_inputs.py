@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoint import ModelCard, Run, claim_run
+from pipeline.checkpoint.run import run_directory
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.storage import Storage
@@ -29,7 +30,7 @@ from pipeline.stream import Collection, Dataset, open_dataset
 from pipeline.stream.collection import open_collection
 from pipeline.stream.palette import Palette
 from pipeline.stream.text import Tokenizer
-from pipeline.train.inputs import open_inputs, planned_facts, prepare_inputs
+from pipeline.train.inputs import PALETTE, TOKENIZER, open_inputs, planned_facts, prepare_inputs
 from tests.checkpoints import commit_model
 
 SIZE = {"width": 16, "depth": 1, "heads": 2}
@@ -233,6 +234,15 @@ def test_weights_without_their_palette_or_tokenizer(home: Home, pretrain: dict[s
         check_resources(home.config("a", section), write=False)
     if name == "igpt":
         check_resources(home.config("a", {**section, "palette": "three-bit"}), write=False)
+
+
+@pytest.mark.parametrize(("pretrain", "name"), [(PIXELS, PALETTE), (PAIRS, TOKENIZER)])
+def test_a_fresh_run_is_not_held_up_by_what_the_old_one_learned(home: Home, pretrain: dict[str, Any], name: str) -> None:
+    config = home.config("a", pretrain)
+    run_directory(config).write(name, b"damaged")
+    with pytest.raises(DataError):
+        check_resources(config, write=False)
+    check_resources(config, write=False, fresh=True)
 
 
 def test_data_without_captions(home: Home) -> None:
