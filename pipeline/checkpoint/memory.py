@@ -7,13 +7,17 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
 from pipeline.checkpoint.fragments import WEIGHT, Fragment, lay_out
 from pipeline.core.errors import StorageError
+
+_CHUNK = 4 << 20  # bytes that a thread copies at a time; a copy of more bypasses the processor's caches, and was slower
 
 
 class HostMemory:
@@ -46,28 +50,48 @@ class HostMemory:
         self._map = mmap.mmap(self.fd, self.bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._map[: len(header)] = header
+        self._rooms = [self._bytes[p.offset : p.offset + p.numel * p.itemsize] for p in self.pieces]
         self._is_pinned = torch.cuda.is_available() and _pin(self._bytes)
+        self._threads = ThreadPoolExecutor(torch.get_num_threads(), "fill")
 
     def fill(self, fragments: Sequence[Fragment]) -> None:
         """Copy the numbers of `fragments`, those of the constructor, as they are now."""
-        found = {(f.key, f.name, f.start): f.tensor for f in fragments}
-        for p in self.pieces:
-            room = self._bytes[p.offset : p.offset + p.numel * p.itemsize].view(p.torch_dtype)
-            room.copy_(found[p.key, p.name, p.start], non_blocking=self._is_pinned)
+        found = {(f.key, f.name, f.start): f.tensor.view(torch.uint8) for f in fragments}
+        pairs = [(room, found[p.key, p.name, p.start]) for room, p in zip(self._rooms, self.pieces, strict=True)]
+        here = []
+        for room, tensor in pairs:
+            if tensor.is_cpu:
+                here.append((room.numpy(), tensor.numpy()))
+            else:
+                room.copy_(tensor, non_blocking=self._is_pinned)
+        self._copy(here)
         if self._is_pinned:
             torch.cuda.synchronize()
 
+    def _copy(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Of bytes that are in host memory: all of torch's cores share them, which of many small tensors torch's own copy lets wait for
+        each other at each."""
+        parts = [(room[at : at + _CHUNK], source[at : at + _CHUNK]) for room, source in pairs for at in range(0, len(room), _CHUNK)]
+        chunks = iter(parts)  # of a list: threads may take from it together
+
+        def work(_: int) -> None:
+            for room, source in chunks:
+                np.copyto(room, source)
+
+        list(self._threads.map(work, range(torch.get_num_threads())))
+
     def first_not_finite(self) -> str | None:
         """The name of a parameter that holds an infinity or no number, if there is one."""
-        for p in self.pieces:
-            if p.key == WEIGHT and not torch.isfinite(self._bytes[p.offset : p.offset + p.numel * p.itemsize].view(p.torch_dtype)).all():
+        for p, room in zip(self.pieces, self._rooms, strict=True):
+            if p.key == WEIGHT and not torch.isfinite(room.view(p.torch_dtype)).all():
                 return p.name
         return None
 
     def close(self) -> None:
         if self._is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
-        del self._bytes
+        self._threads.shutdown()
+        del self._bytes, self._rooms
         with contextlib.suppress(BufferError):  # a tensor that somebody still holds keeps the mapping, and it alone
             self._map.close()
         os.close(self.fd)

@@ -45,6 +45,8 @@ class State:
         self.base: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
         self.parts = list({0: self._parts_0, 1: self._parts_12, 2: self._parts_12, 3: self._parts_3}[stage]())
         self._make_optimizer_state()
+        self._shares: list[Fragment] = []
+        self._where: list[int] = []  # the memory of each tensor that `_shares` are views of
 
     # Where everything lies
 
@@ -102,12 +104,21 @@ class State:
         return found
 
     def owned(self) -> list[Fragment]:
-        """What this rank saves, and reads again: what it holds, or its share where all hold the same; rank 0 the buffers as well."""
+        """What this rank saves, and reads again: what it holds, or its share where all hold the same; rank 0 the buffers as well.
+
+        They are looked up again only where a tensor has moved: of hundreds that takes a tenth of the time that copying them does.
+        """
+        where = [each.data_ptr() for flat in self._flats() for each in (flat, *self.base.state[flat].values()) if torch.is_tensor(each)]
+        if where != self._where:
+            self._shares, self._where = self._look_up(), where
+        return self._shares + (self._buffers() if self.world.is_main else [])
+
+    def _look_up(self) -> list[Fragment]:
         held = self.held()
-        if self.stage == 0:
-            shares = (own_share(f.key, f.name, f.tensor, self.world.rank, self.world.size) for f in held)
-            held = [share for share in shares if share is not None]
-        return held + (self._buffers() if self.world.is_main else [])
+        if self.stage > 0:
+            return held
+        shares = (own_share(f.key, f.name, f.tensor, self.world.rank, self.world.size) for f in held)
+        return [share for share in shares if share is not None]
 
     def _buffers(self) -> list[Fragment]:
         persistent = _persistent_names(self.engine.module)

@@ -38,6 +38,7 @@ from pipeline.train.saving import files, restore
 from pipeline.train.worker import use_cores
 from pipeline.train.zero import Engine, join_group
 from tests.bench.pairs import machine
+from tests.integration.services import BIN, answers, free_ports, service
 
 VIEW = "view"
 
@@ -150,19 +151,17 @@ def race_resume(subject: Subject, folder: Path, pairs: int) -> None:
     print(f"| read and hash the files once / resume: find, verify, load, {pairs} pairs | | {_told(ratios)} | at least 0.8 |", flush=True)
 
 
-def race_upload(subject: Subject, pairs: int) -> None:
-    from moto.server import ThreadedMotoServer
-
+def race_upload(subject: Subject, folder: Path, pairs: int) -> None:
     os.environ |= {"AWS_ACCESS_KEY_ID": "tessera", "AWS_SECRET_ACCESS_KEY": "tessera", "AWS_DEFAULT_REGION": "us-east-1"}
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    store = Storage("s3://bench/run", f"http://{host}:{port}")
-    store.fs.mkdir("bench")
+    [port] = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
     memory = HostMemory(subject.fragments)
     memory.fill(subject.fragments)
-    uploader = Uploader(store, memory.fd, memory.bytes, 60.0)
-    with tempfile.NamedTemporaryFile() as local:
+    command = [str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]  # a process of its own: it is to hold up neither
+    with tempfile.NamedTemporaryFile() as local, service(command, folder / "log", lambda: answers(url)):
+        store = Storage("s3://bench/run", url)
+        store.fs.mkdir("bench")
+        uploader = Uploader(store, memory.fd, memory.bytes, 60.0)
         local.write(os.pread(memory.fd, memory.bytes, 0))
         local.flush()
 
@@ -170,8 +169,7 @@ def race_upload(subject: Subject, pairs: int) -> None:
             store.fs.put_file(local.name, f"{store.path}/plain")
 
         ratios = _race(bound, lambda: uploader.upload("ours", BLOCK), pairs)
-    uploader.close()
-    server.stop()
+        uploader.close()
     print(
         f"| s3fs' put of {memory.bytes / 2**30:.2f} GiB / hash, put and check, {pairs} pairs | | {_told(ratios)} | at least 0.8 |",
         flush=True,
@@ -211,7 +209,7 @@ def main(names: tuple[str, ...], pairs: int, model: str, batch: int, folder: Pat
             elif name == "resume":
                 race_resume(subject, Path(scratch), pairs)
             else:
-                race_upload(subject, pairs)
+                race_upload(subject, Path(scratch), pairs)
 
 
 if __name__ == "__main__":

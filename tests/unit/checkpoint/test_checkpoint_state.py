@@ -62,6 +62,20 @@ def test_a_file_is_plain_safetensors() -> None:
     memory.close()
 
 
+def test_large_tensors_and_small_ones_are_copied_whole() -> None:
+    """By several threads, in pieces that are no multiple of anything."""
+    sizes = [3_000_001, 5, 2_000_003, 1, 1_048_576]
+    fragments = [Fragment("weight", f"p{n}", 0, numbers(size, n)) for n, size in enumerate(sizes)]
+    memory = HostMemory(fragments)
+    for _ in range(2):
+        memory.fill(fragments)
+        found = load(contents(memory))
+        assert all(torch.equal(found[f"weight/{f.name}@0"], f.tensor) for f in fragments)
+        for f in fragments:
+            f.tensor.neg_()
+    memory.close()
+
+
 def test_a_file_in_tmpdir_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is too little memory: here, among so many ranks of this host."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
