@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import torch
 
 from pipeline.checkpoint import Checkpoints, Commit, ModelCard
@@ -95,6 +96,13 @@ class Saves:
             raise outcome.error
         return stalled, outcome.seconds
 
+    def uploader_memory(self) -> int:
+        """The most bytes that the uploading process had for itself, beside the memory that it shares with this one."""
+        uploader = self.saver._uploader
+        assert uploader is not None, "it has saved"
+        rows = dict(line.split(":", 1) for line in Path(f"/proc/{uploader.pid}/status").read_text().splitlines())
+        return max(0, int(rows["VmHWM"].split()[0]) * 1024 - self.saver.memory.bytes)
+
 
 def copy_rate(memory: HostMemory, source: torch.Tensor) -> float:
     """Bytes a second, of one plain copy of as many bytes into the same kind of memory."""
@@ -105,10 +113,13 @@ def copy_rate(memory: HostMemory, source: torch.Tensor) -> float:
 
 def race_stall(subject: Subject, folder: Path, pairs: int) -> None:
     steps = [subject.step() for _ in range(3)][1:]
+    before = psutil.Process().memory_info().rss
     saves = Saves(subject, Storage(str(folder / "run")))
+    saves.save()
+    taken = psutil.Process().memory_info().rss - before + saves.uploader_memory()
     source = torch.ones(saves.saver.memory.bytes // 4)  # pages of zeros would all be one
     plain = HostMemory([Fragment("weight", "all", 0, source)])
-    saves.save(), copy_rate(plain, source)
+    copy_rate(plain, source)
     stalls, ratios, committed, theirs = [], [], [], []
     for _ in range(pairs):
         bound = saves.saver.memory.bytes / copy_rate(plain, source)
@@ -128,6 +139,8 @@ def race_stall(subject: Subject, folder: Path, pairs: int) -> None:
     print(
         f"| the same / DeepSpeed's save_checkpoint to the same disk | {_told(theirs)} s | {_told([a / b for a, b in zip(stalls, theirs, strict=True)])} | |"
     )
+    ratio = taken / saves.saver.memory.bytes
+    print(f"| host memory for saves, the uploading process included: {taken / 2**30:.2f} GiB / the rank's state | | **{ratio:.3g}** | |")
     print(f"| until it is committed, on this disk | {_told(committed)} s | | |", flush=True)
 
 
