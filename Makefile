@@ -34,11 +34,10 @@ quickstart: digits
 	$(BIN)/python launch/submit.py configs/quickstart.yaml configs/quickstart-igpt.yaml configs/quickstart-clip.yaml
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not chaos"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "alone and not chaos" tests/integration tests/cluster
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 chaos: venv
-	$(BIN)/python -m pytest -m "chaos or alone" tests/cluster --results tests/cluster/RESULTS.md
+	$(BIN)/python -m pytest -m "chaos or slow" tests/cluster --results tests/cluster/RESULTS.md
 	$(BIN)/python -m tests.cluster.trace --minutes 4 --seed 1 --results tests/cluster/RESULTS.md
 
 lint: venv

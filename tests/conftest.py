@@ -21,6 +21,12 @@ from pipeline.shards.writer import write_shard
 from tests.clouds import Conditions, azure, google
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first: none is to be left to one worker at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A real Ray on this machine, one for all tests that use Ray in their own process."""

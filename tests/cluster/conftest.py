@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.here import STEPS_HERE, Here
 from tests.cluster.hosts import why_not
 from tests.cluster.lab import Lab, open_lab
-from tests.cluster.results import Result, as_markdown
+from tests.cluster.results import Result, update_table
 from tests.cluster.runs import EVERY, Row, running
 
 LONG = 450  # steps of the longest run on the cluster
@@ -70,7 +70,7 @@ _TOLD = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="Write the table of faults into this file.")
+    parser.addoption("--results", type=Path, help="Bring the table of faults in this file up to date.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -84,11 +84,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if fault is not None and (report.when == "call" or not report.passed):
         why = str(call.excinfo.value).splitlines()[0][:200] if call.excinfo and str(call.excinfo.value) else ""
         verdict = "held" if report.passed else f"skipped: {why}" if report.skipped else f"**failed**: {why}"
-        item.config.stash[_RESULTS][item.nodeid] = Result(*fault.args, item.stash.get(_TOLD, {}), verdict.replace("|", "/"))
+        name, done = fault.args
+        if hasattr(item, "callspec"):
+            done += f" ({item.callspec.id})"
+        item.config.stash[_RESULTS][item.nodeid] = Result(name, done, item.stash.get(_TOLD, {}), verdict.replace("|", "/"))
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     results, file = session.config.stash[_RESULTS], session.config.getoption("results", None)
     if file is not None and results:
-        file.write_text(as_markdown(results.values(), EVERY))
+        update_table(file, results.values(), EVERY)

@@ -1,10 +1,10 @@
-"""The table of faults that RESULTS.md is."""
+"""RESULTS.md: the table of faults, and the preemption trace. A run of some of them brings their part of it up to date."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,16 +16,17 @@ import psutil
 _HEAD = """\
 # Faults injected into a running pre-training
 
-{when}, {machine}. Made by `make chaos`, and not by hand.
+{machine}. Made by `make chaos`, and not by hand; times are UTC.
 
 A tiny ViT in fp32, saved every {every} steps. *Lost*: steps done again, of those that one save covers: {every}, and as many as are done
 while a save is on its way. *Standstill*: the longest time without a step. *Losses*: all of them, against a run that nobody disturbed; bit
 for bit, or with another number of workers relative. Each run is also checked for: every step once, samples consumed as many as the order
 has up to there (but for the replaced ones named here), every byte of every checkpoint as it was saved, nothing left behind in the store.
 
-| fault | what was done | lost | standstill | losses | verdict |
-|---|---|---|---|---|---|
+| fault | what was done | lost | standstill | losses | verdict | when |
+|---|---|---|---|---|---|---|
 """
+_TRACE = "\n## A preemption trace\n"
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,31 @@ class Result:
     verdict: str
 
 
-def as_markdown(results: Iterable[Result], every: int) -> str:
-    lines = [_HEAD.format(when=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", machine=machine(), every=every)]
+def update_table(file: Path, results: Iterable[Result], every: int) -> None:
+    """Write `results` into the table in `file`; rows of faults that are not among them stay as they are."""
+    table, _, trace = (file.read_text() if file.exists() else "").partition(_TRACE)
+    rows = {_name(line): line for line in table.splitlines(keepends=True)[len(_HEAD.splitlines()) :]}
+    rows |= {_name(line): line for line in _lines(results, every, datetime.now(UTC))}
+    file.write_text(_HEAD.format(machine=machine(), every=every) + "".join(rows.values()) + (_TRACE + trace if trace else ""))
+
+
+def update_trace(file: Path, text: str) -> None:
+    """Put `text` in the place of what `file` says of a trace."""
+    table = (file.read_text() if file.exists() else "").partition(_TRACE)[0]
+    file.write_text(f"{table}{_TRACE}\n{text}")
+
+
+def _name(row: str) -> tuple[str, ...]:
+    """What tells a row from the others: the fault, and what was done."""
+    return tuple(row.split("|")[1:3])
+
+
+def _lines(results: Iterable[Result], every: int, when: datetime) -> Iterator[str]:
     for r in results:
         most = f" of {every} + {r.told['flight']}" if "flight" in r.told else ""
         lost = f"{r.told['lost']}{most}" if "lost" in r.told else ""
         seconds = f"{r.told['seconds']:.1f} s" if "seconds" in r.told else ""
-        lines.append(f"| {r.fault} | {r.done} | {lost} | {seconds} | {r.told.get('losses', '')} | {r.verdict} |\n")
-    return "".join(lines)
+        yield f"| {r.fault} | {r.done} | {lost} | {seconds} | {r.told.get('losses', '')} | {r.verdict} | {when:%Y-%m-%d %H:%M} |\n"
 
 
 def machine() -> str:

@@ -20,7 +20,7 @@ from tests.integration.services import answers, free_ports, service
 
 STEPS, AT = 60, 34  # steps of a run, and the step of a fault
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 Told = dict[str, Any]
 

@@ -23,7 +23,7 @@ from pipeline.core.units import format_seconds
 from tests.cluster.evidence import check_checkpoints, check_samples
 from tests.cluster.hosts import why_not
 from tests.cluster.lab import OTHERS, Lab, open_lab
-from tests.cluster.results import machine
+from tests.cluster.results import machine, update_trace
 from tests.cluster.runs import Job
 
 STAYS, AWAY, NOTICE = 75.0, 20.0, 20  # seconds: means of the first two
@@ -95,7 +95,7 @@ def as_markdown(events: list[Event], step: int, goodput: Goodput, seconds: float
     counts = {what: sum(event.what == what for event in events) for what in ("goes", "is told to go", "comes")}
     shares = "".join(f"| {kind} | {goodput.seconds[kind]:.0f} s | {share:.0%} |\n" for kind, share in goodput.shares().items())
     return (
-        f"\n## A preemption trace\n\n{machine()}. `python -m tests.cluster.trace --minutes {seconds / 60:g} --seed {seed}`: two of three hosts "
+        f"{machine()}. `python -m tests.cluster.trace --minutes {seconds / 60:g} --seed {seed}`: two of three hosts "
         f"stay for {STAYS:g} s and are away for {AWAY:g} s, on average; {counts['goes']} departures, {counts['is told to go']} of them told "
         f"{NOTICE} s before, {counts['comes']} arrivals. {step:,} steps, each once, with all samples in order. {goodput.in_words()}.\n\n"
         f"| kind | time | share |\n|---|---|---|\n{shares}"
@@ -105,7 +105,7 @@ def as_markdown(events: list[Event], step: int, goodput: Goodput, seconds: float
 @click.command()
 @click.option("--minutes", type=float, default=4.0, show_default=True)
 @click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--results", type=click.Path(path_type=Path), help="Append what came of it to this file, too.")
+@click.option("--results", type=click.Path(path_type=Path), help="Put what came of it into this file, too.")
 def main(minutes: float, seed: int, results: Path | None) -> None:
     """Replay a preemption trace."""
     if (reason := why_not()) is not None:
@@ -118,8 +118,7 @@ def main(minutes: float, seed: int, results: Path | None) -> None:
         click.echo(f"{kind:<12} {format_seconds(goodput.seconds[kind]):>10}  {share:6.1%}")
     click.echo(f"goodput      {goodput.in_words()}; {step:,} steps")
     if results is not None:
-        with results.open("a") as file:
-            file.write(as_markdown(events, step, goodput, seconds, seed))
+        update_trace(results, as_markdown(events, step, goodput, seconds, seed))
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def test_full_disk(config: Path, tmp_path: Path, call: Call) -> None:
         refuses(call(config, f"storage={disk}/runs"), 3, f"storage {disk}/runs: cannot write, the disk is full")
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_disk_that_fills_while_sharding(shard_only: Path, tmp_path: Path) -> None:
     source = write_images(tmp_path / "large", count=24, side=300)  # 270 KB each
     with mounted(tmp_path / "disk", "size=3m") as disk:
@@ -415,7 +415,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path, Path]:
     return run(folder, SUBMIT, config, "--local"), folder / "runs" / "odd", source
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_corrupt_images_are_dropped_and_named(odd: tuple[Ended, Path, Path]) -> None:
     ended, directory, _ = odd
     assert ended.code == 0, ended.out + ended.err
@@ -426,7 +426,7 @@ def test_corrupt_images_are_dropped_and_named(odd: tuple[Ended, Path, Path]) -> 
     assert "1 dropped" in ended.err
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_mlflow_that_is_down_costs_a_warning(odd: tuple[Ended, Path, Path]) -> None:
     ended, directory, _ = odd
     assert ended.code == 0 and "Traceback" not in ended.out + ended.err
@@ -459,7 +459,7 @@ def test_predict(config: Path, images: Path, tmp_path: Path, call: Call) -> None
 # The cluster
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_unreachable_cluster(config: Path, tmp_path: Path, s3: tuple[str, Callable[[], str]], call: Call) -> None:
     address = f"http://127.0.0.1:{free_ports(1)[0]}"
     refuses(run(tmp_path, SUBMIT, config, "--address", address), 4, f"cluster.address: nobody answers at {address}")
@@ -468,7 +468,7 @@ def test_unreachable_cluster(config: Path, tmp_path: Path, s3: tuple[str, Callab
         refuses(call(config, "--address", wrong), 3, f"cluster.address: '{wrong}' is not an address", "http://host:8265")
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_missing_and_wrong_token(config: Path, tmp_path: Path, ray_head: RayHead) -> None:
     refuses(
         run(tmp_path, SUBMIT, config, "--address", ray_head.address),

@@ -18,7 +18,7 @@ from tests.integration.services import BIN, ROOT
 
 STEPS = 40
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 
 def _arguments(storage: Path, digits: Path) -> list[str]:

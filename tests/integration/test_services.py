@@ -16,7 +16,7 @@ from pipeline.core.storage import Storage
 from pipeline.stream import open_dataset
 from tests.integration.services import ROOT, RayHead
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.slow
 
 
 def test_quickstart_on_a_cluster(

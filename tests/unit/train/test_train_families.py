@@ -14,7 +14,7 @@ from workshop import Workshop, close
 from pipeline.checkpoint import find_model
 from pipeline.core.storage import Storage
 
-pytestmark = pytest.mark.timeout(360)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(360)]
 
 VISION = "{kind: vit, width: 16, depth: 1, heads: 2, patch: 4}"
 TEXT = "{kind: transformer, width: 16, depth: 1, heads: 2}"

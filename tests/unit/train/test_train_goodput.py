@@ -16,7 +16,7 @@ from pipeline.checkpoint import read_history
 from pipeline.checkpoint.goodput import DIVERGED, FINISHED, Job, read_jobs, summarise
 from pipeline.core.storage import Storage
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from workshop import SPEED, Workshop, close
 from pipeline.checkpoint import Checkpoints, find_model, read_history
 from pipeline.core.storage import Storage
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
