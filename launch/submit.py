@@ -136,7 +136,7 @@ def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool) -> N
     check_config(config)
     check_claim(config, fresh)
     check_resources(config, write=False, coming=made_by(before), fresh=fresh)
-    facts = describe(config, *plan_config(config, before))
+    facts = describe(config, *plan_config(config, before, fresh))
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
 
 

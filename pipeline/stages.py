@@ -113,16 +113,17 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         check_conditional(root, is_needed=p is not None and config.storage.conditional)
 
 
-def plan_config(config: Config, before: Sequence[Config] = ()) -> tuple[Plan | None, bool, int]:
+def plan_config(config: Config, before: Sequence[Config] = (), fresh: bool = False) -> tuple[Plan | None, bool, int]:
     """The plan of pre-training; whether its number of samples is an estimate, since the dataset may not be made yet (by it, or by
-    those that run `before` it), and some images may then be dropped; and the number of workers it is for. Starts and writes nothing."""
+    those that run `before` it), and some images may then be dropped; and the number of workers it is for. With `fresh`, what the
+    run has there already is not looked at. Starts and writes nothing."""
     p = config.pretrain
     gpus = torch.cuda.device_count() if config.cluster.gpus is None else config.cluster.gpus
     workers = config.cluster.workers or gpus or max(2, config.cluster.min_workers or 0)
     if p is None:
         return None, False, workers
     # A recipe is planned with nothing at hand, the run that it starts from among it.
-    named = named_inputs(p, config.storage.endpoint, run_directory(config)) if _is_at_hand(config) else None
+    named = named_inputs(p, config.storage.endpoint, None if fresh else run_directory(config)) if _is_at_hand(config) else None
 
     def facts(classes: int) -> Facts:
         planned = planned_facts(p, classes)

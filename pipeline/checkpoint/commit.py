@@ -17,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.checkpoint.fragments import Index
 from pipeline.checkpoint.lease import Lease, Leases
@@ -33,7 +34,11 @@ HISTORY, STATE = "history.jsonl", "state.json"
 COMMIT = "COMMIT.json"
 _STEP, _ATTEMPT = re.compile(r"step-(\d+)"), re.compile(r"g(\d+)-.*")
 _TRIES = 5
-ALL_DAMAGED = "all are damaged and set aside; the same command again begins from where the run began"
+_SET_ASIDE = "SET-ASIDE-"  # and the attempt: the commit of a damaged checkpoint
+_BAD = (ValueError, LookupError, TypeError, AttributeError)  # of what is no commit
+ALL_DAMAGED = "all are damaged and set aside; with --fresh it begins again from where it began"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,7 @@ class Checkpoints:
 
     def _counting(self, lease: Lease | None) -> list[Commit]:
         """Those that count where `lease` is the newest."""
-        with ThreadPoolExecutor(16) as pool:
-            there = list(pool.map(self._read_or_pass, self._steps_there()))
+        there = _at_once(self._read_or_pass, self._steps_there())
         return sorted((c for c in there if c is not None and _counts(c, lease)), key=lambda c: (c.generation, c.step))
 
     def _read_or_pass(self, step: int) -> Commit | None:
@@ -103,16 +107,22 @@ class Checkpoints:
         return [int(m[1]) for name in self.directory.names() if (m := _STEP.fullmatch(name))]
 
     def _read(self, step: int) -> Commit | None:
-        """None where the step has no commit."""
+        """None where the step has no commit. One that cannot be read is read again: it may have been damaged on its way."""
         try:
-            values: dict[str, Any] = json.loads(self.directory.read(f"step-{step}/{COMMIT}"))
-            if values.get("format") != FORMAT:
-                raise CheckpointError(f"{self._where(step)}: its format is {values.get('format')!r}, this version reads format {FORMAT}")
-            return Commit(**{**values, "files": [Receipt(**f) for f in values["files"]]})
+            try:
+                return self._parse(step)
+            except _BAD:
+                return self._parse(step)
         except FileNotFoundError:
             return None
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
+        except _BAD as e:
             raise _Unreadable(f"{self._where(step)}: its {COMMIT} is damaged ({type(e).__name__}: {e})") from e
+
+    def _parse(self, step: int) -> Commit:
+        values: dict[str, Any] = json.loads(self.directory.read(f"step-{step}/{COMMIT}"))
+        if values.get("format") != FORMAT:
+            raise CheckpointError(f"{self._where(step)}: its format is {values.get('format')!r}, this version reads format {FORMAT}")
+        return Commit(**{**values, "files": [Receipt(**f) for f in values["files"]]})
 
     def _where(self, step: int) -> str:
         return f"checkpoint {self.directory.url}/step-{step}"
@@ -128,11 +138,11 @@ class Checkpoints:
         cannot be read are set aside.
 
         Raises:
-            CheckpointError: there were commits, and none can be read.
+            CheckpointError: there were checkpoints, and all were damaged and set aside, now or before; to begin anew is for people to say.
         """
-        is_spoilt = self._set_aside_unreadable()
+        self._set_aside_unreadable()
         lease = self._leases.take(lambda newest: [(c.step, c.attempt) for c in self._counting(newest) if upto is None or c.step <= upto])
-        if is_spoilt and not lease.base:
+        if not lease.base and self._has_set_aside():
             raise CheckpointError(f"checkpoints of {self.run.url}: {ALL_DAMAGED}")
         try:
             self.directory.abort_uploads("step-")  # what jobs before had in flight; this one has nothing yet
@@ -162,6 +172,7 @@ class Checkpoints:
                 return there
             if there is not None and _counts(there, lease):
                 break
+            self.check_holds(lease)
             self.directory.remove(key)  # of a job that was presumed dead, and committed after this one had begun; or damaged
         raise CheckpointError(f"{self._where(commit.step)}: this step has been committed already; is this run running twice?")
 
@@ -194,7 +205,7 @@ class Checkpoints:
         """Take a damaged checkpoint out of the way: its commit is renamed, so that resumes pass over it."""
         say(f"warning: {reason}; step {commit.step:,} is set aside and the checkpoint before it is used")
         key = f"step-{commit.step}/{COMMIT}"
-        self.directory.write(f"step-{commit.step}/SET-ASIDE-{commit.attempt}.json", json.dumps(asdict(commit), indent=1).encode())
+        self.directory.write(f"step-{commit.step}/{_SET_ASIDE}{commit.attempt}.json", json.dumps(asdict(commit), indent=1).encode())
         self.directory.remove(key)
 
     def remove(self, commit: Commit) -> None:
@@ -202,22 +213,28 @@ class Checkpoints:
         self.directory.remove(f"step-{commit.step}/{COMMIT}")
         self.directory.remove(f"step-{commit.step}")
 
-    def _set_aside_unreadable(self) -> bool:
-        """Take commits out of the way that cannot be read; what belongs to them stays, for somebody may want to look at it. Tells whether
-        there was one."""
-        is_spoilt = False
-        for step in self._steps_there():
+    def _set_aside_unreadable(self) -> None:
+        """Take commits out of the way that cannot be read; what belongs to them stays, for somebody may want to look at it."""
+
+        def find(step: int) -> tuple[int, _Unreadable | None]:
             try:
                 self._read(step)
             except _Unreadable as e:
-                say(f"warning: {e}; the step is set aside")
-                is_spoilt = True
+                return step, e
+            return step, None
+
+        for step, error in _at_once(find, self._steps_there()):
+            if error is not None:
+                say(f"warning: {error}; the step is set aside")
                 data = self.directory.read(f"step-{step}/{COMMIT}")
                 for name in self.directory.names(f"step-{step}"):
                     if _ATTEMPT.fullmatch(name):
-                        self.directory.write(f"step-{step}/SET-ASIDE-{name}.json", data)
+                        self.directory.write(f"step-{step}/{_SET_ASIDE}{name}.json", data)
                 self.directory.remove(f"step-{step}/{COMMIT}")
-        return is_spoilt
+
+    def _has_set_aside(self) -> bool:
+        found = _at_once(lambda step: self.directory.names(f"step-{step}"), self._steps_there())
+        return any(name.startswith(_SET_ASIDE) for names in found for name in names)
 
     def clear(self) -> None:
         """Remove all checkpoints, and have no job of before commit any. Leases stay: such a job must not take its own for the newest."""
@@ -229,23 +246,31 @@ class Checkpoints:
     def reap(self, lease: Lease, since: int) -> None:
         """Remove what attempts of `lease`'s job and of those before it left behind: what is in no commit that counts, and leases long past.
         Nothing of a newer job; nothing that is being written, for a job has one save in flight, and this follows it; and nothing that was
-        set aside at step `since` or later, for somebody may want to look at it."""
-        committed = {(c.step, c.attempt) for c in self.commits()}
-        for step in self._steps_there():
-            there = self._read_or_pass(step)
-            if there is not None and (step, there.attempt) not in committed and there.generation <= lease.generation:
+        set aside at step `since` or later, or has a commit that cannot be read, for somebody may want to look at it."""
+        committed = {c.step: c.attempt for c in self.commits()}
+        steps = self._steps_there()
+        for step, names in zip(steps, _at_once(lambda step: self.directory.names(f"step-{step}"), steps), strict=True):
+            if COMMIT in names and step not in committed:
+                there = self._read_or_pass(step)
+                if there is None or there.generation > lease.generation:
+                    continue
                 self.directory.remove(f"step-{step}/{COMMIT}")
-            names = self.directory.names(f"step-{step}")
             if step >= since:
-                names = [name for name in names if f"SET-ASIDE-{name}.json" not in names]
+                names = [name for name in names if f"{_SET_ASIDE}{name}.json" not in names]
             attempts = [name for name in names if (m := _ATTEMPT.fullmatch(name)) and int(m[1]) <= lease.generation]
             for name in attempts:
-                if (step, name) not in committed:
+                if committed.get(step) != name:
                     self.directory.remove(f"step-{step}/{name}")
-                    self.directory.remove(f"step-{step}/SET-ASIDE-{name}.json")
-            if not self.directory.names(f"step-{step}"):
+                    self.directory.remove(f"step-{step}/{_SET_ASIDE}{name}.json")
+            if step not in committed and not self.directory.names(f"step-{step}"):
                 self.directory.remove(f"step-{step}")  # an empty directory, where there are such
         self._leases.reap()
+
+
+def _at_once(look: Callable[[int], T], steps: Sequence[int]) -> list[T]:
+    """What `look` finds at each step, in their order: a store is asked about many together."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(look, steps))
 
 
 class _Unreadable(CheckpointError):

@@ -51,7 +51,7 @@ class HostMemory:
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._map[: len(header)] = header
         self._rooms = [self._bytes[p.offset : p.offset + p.numel * p.itemsize] for p in self.pieces]
-        self._is_pinned = torch.cuda.is_available() and _pin(self._bytes)
+        self._is_pinned = torch.cuda.is_available() and not self.is_on_disk and _pin(self._bytes)
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), "fill")
 
     def fill(self, fragments: Sequence[Fragment]) -> None:

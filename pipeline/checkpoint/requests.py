@@ -50,7 +50,7 @@ class Requests:
         while not self._over.wait(_LOOK_EVERY):
             try:
                 for kind in set(self._directory.names()) & set(self._events):
+                    self._events[kind].set()  # first: whoever finds it removed believes that it was heard
                     self._directory.remove(kind)
-                    self._events[kind].set()
             except (StorageError, CredentialsError):
                 continue  # asked again soon; the saves tell of a store that fails

@@ -12,8 +12,8 @@ from pipeline.config.pretrain import Pretrain
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest `keep`; those at multiples of `permanent` steps, for ever; the best by the validation metric `best`, such as
-    `validate/loss`, the smallest or, where `is_higher_better`, the largest."""
+    """The newest `keep`; the first at or after each multiple of `permanent` steps, for ever; the best by the validation metric `best`, such
+    as `validate/loss`, the smallest or, where `is_higher_better`, the largest."""
 
     keep: int
     permanent: int | None = None
@@ -36,7 +36,11 @@ def to_keep(commits: Sequence[Commit], retention: Retention) -> set[int]:
     """Steps of those of `commits`, the newest last, that stay."""
     kept = {c.step for c in commits[-retention.keep :]}
     if retention.permanent:
-        kept |= {c.step for c in commits if c.step % retention.permanent == 0}
+        first: dict[int, int] = {}  # of each multiple: saves go by time, or wait for the one before, and seldom fall on one
+        for commit in commits:
+            multiple = commit.step // retention.permanent
+            first[multiple] = min(first.get(multiple, commit.step), commit.step)
+        kept |= {step for multiple, step in first.items() if multiple > 0}
     if retention.best:
         sign = -1 if retention.is_higher_better else 1
         measured = [(sign * c.metrics.get(retention.best, math.nan), c.step) for c in commits]

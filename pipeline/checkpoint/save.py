@@ -34,6 +34,7 @@ from pipeline.core.upload import Receipt, Uploader
 from pipeline.core.world import World
 
 _GRACE = 60.0  # seconds that another rank's news may come later than its patience allows
+_SLOWEST = 4e6  # bytes a second of an upload that still counts as one
 _LAST = 60.0  # seconds for removing what does not stay, after the last save
 
 
@@ -64,7 +65,8 @@ class Saver:
         self.checkpoints, self.lease, self.retention, self.patience, self.world = checkpoints, lease, retention, patience, world
         self.memory = HostMemory(fragments)
         self._uploader: Uploader | None = None
-        self._board = _open_board(world, patience)
+        self._longest = _longest(patience, max(world.gather(self.memory.bytes)))
+        self._board = _open_board(world, self._longest + patience + _GRACE)  # rank 0 commits as well
         self._thread: threading.Thread | None = None
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self.is_pending = False  # whether an outcome is still to be taken
@@ -139,7 +141,7 @@ class Saver:
         if self._uploader is None:
             self._uploader = Uploader(self.checkpoints.directory, self.memory.fd, self.memory.bytes, self.patience, self._warn)
         name = f"rank-{self.world.rank:05d}-of-{self.world.size:05d}"
-        alarm = threading.Timer(_longest(self.patience), self._uploader.kill)  # a store that neither answers nor fails
+        alarm = threading.Timer(self._longest, self._uploader.kill)  # a store that neither answers nor fails
         alarm.start()
         try:
             receipt, blocks = self._uploader.upload(f"{commit.prefix}/{name}.safetensors", BLOCK)
@@ -232,16 +234,16 @@ class _Board:
 _ERRORS = {kind.__name__: kind for kind in (CheckpointError, CredentialsError, Diverged, Fenced, InfrastructureError, StorageError)}
 
 
-def _longest(patience: float) -> float:
-    """Seconds that a rank's uploads may take."""
-    return 2 * patience + _GRACE  # twice: it uploads two things in turn
+def _longest(patience: float, size: int) -> float:
+    """Seconds that a rank's uploads, of `size` bytes in all, may take: longer than any store that works needs."""
+    return size / _SLOWEST + 2 * patience + _GRACE  # twice: it uploads two things in turn
 
 
-def _open_board(world: World, patience: float) -> _Board:
-    """Of all ranks; rank 0 keeps it."""
+def _open_board(world: World, longest: float) -> _Board:
+    """Of all ranks, which wait for news for `longest` seconds; rank 0 keeps it."""
     if world.size == 1:
         return _Board(None)
-    host, wait = os.environ["MASTER_ADDR"], timedelta(seconds=_longest(patience) + _GRACE)
+    host, wait = os.environ["MASTER_ADDR"], timedelta(seconds=longest)
     if world.is_main:
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
         world.broadcast(store.port)

@@ -169,7 +169,7 @@ class Save(Section):
 
     every: Interval | Literal["auto"] = units.Duration(10, "minute")
     keep: Count = Field(3, description="the newest checkpoints that stay")
-    permanent: Span | None = Field(None, description="checkpoints at its multiples stay for ever")
+    permanent: Span | None = Field(None, description="the first checkpoint at or after each of its multiples stays for ever")
     best: Best | None = Field(None, description="the best by a validation metric stays")
     retry: Time = Field(units.Duration(10, "minute"), description="how long an upload that fails is tried again")
     patience: Time = Field(units.Duration(2, "hour"), description="after so long without a checkpoint the run ends")

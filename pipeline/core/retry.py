@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from pipeline.core.errors import InfrastructureError, StorageError
 from pipeline.core.progress import say
@@ -38,12 +39,18 @@ def retrying(what: str, action: Callable[[], T]) -> T:
 
 
 def insist(action: Callable[[], T], patience: float, told: Callable[[str], None]) -> T:
-    """The result of `action`, tried again for `patience` seconds where the store fails; `told` hears of the first failure, the fourth and
-    each tenth. Raises the last StorageError then, and anything else at once."""
+    """The result of `action`, tried again where the store fails, for `patience` seconds since it failed first; `told` hears of the first
+    failure, the fourth and each tenth. Raises the last StorageError then, and anything else at once."""
+    failed: list[float] = []  # when, each time
+
+    def is_over(_: RetryCallState) -> bool:
+        failed.append(time.monotonic())
+        return failed[-1] - failed[0] >= patience
+
     return Retrying(
         retry=retry_if_exception_type(StorageError),
         wait=wait_random_exponential(multiplier=2 * _PAUSE, max=2 * _LONGEST),
-        stop=stop_after_delay(patience),
+        stop=is_over,
         before_sleep=lambda state: _tell_some(told, state),
         reraise=True,
     )(action)

@@ -38,6 +38,8 @@ from pipeline.train.relay import Relay
 # A group that failed is followed by one of ours, of another size where need be; nor does Ray Train look for machines that are about to go.
 _NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+# A worker whose process answers nothing for so many seconds is dead; by default all others would wait for ten minutes.
+os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "90")
 _LOOK_EVERY = 0.5  # seconds
 _REPLY = 10.0  # seconds that an actor may take to answer
 # Raised by Ray where a machine or the network fails; for all that a watcher knows, it is over the next time.
@@ -99,6 +101,7 @@ def train_group(run: Run, workers: int, use_gpu: bool, signals: Signals, has_roo
     finally:
         done.set()
         watcher.join()
+    _hear_stop(relay, signals)
     if (error := ray.get(relay.error.remote())) is not None:
         raise error
     parts = ray.get(relay.seconds.remote())
@@ -131,6 +134,8 @@ def _worker(config: dict[str, Any]) -> None:
         raise
     finally:
         over.set()
+    if signals.stop.is_set():
+        ray.get(relay.ask.remote("stop"))
     if tracker:
         ray.get(relay.finish.remote(seconds, is_finished))
         if is_finished:
@@ -140,12 +145,15 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _listen(relay: Any, signals: Signals, over: threading.Event) -> None:
-    """Pass on what is asked of the group; in one of its workers."""
+    """Pass on what is asked of the group; in one of its workers. What was asked of this one alone, through the run's directory, is told: a
+    stop holds for the next group, too."""
     heard: dict[str, int] = {}
     cut: BaseException | None = None
     while not over.wait(_LOOK_EVERY):
         try:
             asked = ray.get(relay.asked.remote(), timeout=_REPLY)
+            if signals.stop.is_set() and "stop" not in asked:
+                ray.get(relay.ask.remote("stop"), timeout=_REPLY)
         except _PASSING as e:
             cut = cut or e
             continue
@@ -166,6 +174,7 @@ def _watch(relay: Any, done: threading.Event, signals: Signals) -> None:
         with trouble:
             for event in ray.get(relay.take.remote(), timeout=_REPLY):
                 emit(event)
+            _hear_stop(relay, signals)
             for what, event in signals.events.items():
                 if event.is_set() and not last:
                     if event is not signals.stop:  # which holds for whoever would follow this group, too
@@ -177,6 +186,12 @@ def _watch(relay: Any, done: threading.Event, signals: Signals) -> None:
                         raise
         if last:
             return
+
+
+def _hear_stop(relay: Any, signals: Signals) -> None:
+    """Have a stop that a worker heard of hold for the whole job."""
+    if "stop" in ray.get(relay.asked.remote(), timeout=_REPLY):
+        signals.stop.set()
 
 
 def _watch_machines(relay: Any, done: threading.Event, workers: int, has_room: Callable[[Sequence[str]], bool]) -> None:

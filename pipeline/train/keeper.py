@@ -83,7 +83,7 @@ class Keeper:
         self.failures = 0  # saves that came to nothing since the last commit
         self.committed: int | None = None
         self._fatal: TesseraError | None = None
-        self._is_due = self._has_warned = False
+        self._is_due = self._has_warned = self._is_ending = False
         self._began_at = time.monotonic()
         self._unsaved_since: float | None = None  # when the first save began of those since the last commit
         self._between_failures = mean_time_between_failures(*seen)
@@ -139,19 +139,24 @@ class Keeper:
         """
         seconds = self.config.patience.seconds if within is None else within
         deadline = time.monotonic() + seconds
+        self._is_ending = True
         while True:
             self._wait()
             if self.world.broadcast(self.committed == step):
+                self._is_ending = False
                 return
             self._begin(step)
-            error, is_over = self.world.broadcast((self._wait(), time.monotonic() > deadline))
+            error, left = self.world.broadcast((self._wait(), deadline - time.monotonic()))
+            if error is None:
+                continue
             if isinstance(error, _FATAL):
                 raise error
-            if error is not None and is_over:
+            if left <= 0:
                 raise Unsaved(
                     f"pretrain.save: the state after step {step:,} could not be saved for {format_seconds(seconds)} ({error}); "
                     "the same command goes on from the checkpoint before"
                 )
+            time.sleep(min(_AGAIN, left))
 
     def _begin(self, step: int) -> None:
         self._is_due = False
@@ -186,7 +191,8 @@ class Keeper:
             if isinstance(outcome.error, _FATAL):
                 self._fatal = outcome.error
             elif self.world.is_main:
-                say(f"warning: the checkpoint at step {outcome.step:,} is not saved, training goes on ({outcome.error})")
+                what = "it is tried again" if self._is_ending else "training goes on"
+                say(f"warning: the checkpoint at step {outcome.step:,} is not saved, {what} ({outcome.error})")
         if self.world.is_main:
             self.told(outcome)
 

@@ -21,7 +21,7 @@ from pipeline.plan import Plan
 from pipeline.stream import Stream
 from pipeline.train.keeper import Keeper, Signals
 from pipeline.train.loop import Row
-from pipeline.train.saving import State, files, fragments
+from pipeline.train.saving import State, encode, files, fragments
 from pipeline.train.zero import Engine
 
 
@@ -46,7 +46,7 @@ class Recorder:
         assert p is not None, "a run that trains"
         self.run, self.card, self.stream, self.engine, self.saver, self.plan = run, card, stream, engine, saver, plan
         self.world, self.tracker, self.ledger = world, tracker, ledger
-        self.history: list[Row] = state.history if state else []
+        self.history = [encode(row) for row in state.history] if state else []
         self.metrics: Row = dict(state.commit.metrics) if state else {}  # of the newest validation
         first = state.commit.step if state else 0
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
@@ -54,7 +54,7 @@ class Recorder:
         self.keeper.committed = first if state else None
 
     def record(self, row: Row) -> None:
-        self.history.append(row)
+        self.history.append(encode(row))
         self.metrics |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
         if not self.world.is_main:
             return

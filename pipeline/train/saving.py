@@ -50,13 +50,18 @@ def _generators(world: World) -> dict[str, torch.Tensor]:
     return states
 
 
-def files(engine: Engine, card: ModelCard, loader: dict[str, Any], history: Sequence[Row]) -> dict[str, bytes]:
-    """The small files of a checkpoint; rank 0 writes them."""
+def files(engine: Engine, card: ModelCard, loader: dict[str, Any], history: Sequence[bytes]) -> dict[str, bytes]:
+    """The small files of a checkpoint; rank 0 writes them. `history`: as `encode` gives its rows."""
     return {
         STATE: json.dumps({"loader": loader, "engine": engine.numbers()}).encode(),
         CARD: card.to_json(),
-        HISTORY: "".join(json.dumps(row) + "\n" for row in history).encode(),
+        HISTORY: b"".join(history),
     }
+
+
+def encode(row: Row) -> bytes:
+    """A row of the history as a line of its file: once, when it is recorded. All of a long run's take a second."""
+    return json.dumps(row).encode() + b"\n"
 
 
 def restore(engine: Engine, checkpoints: Checkpoints, view: str, world: World) -> State | None:

@@ -55,11 +55,12 @@ def _hidden(name: str) -> Iterator[None]:
                 raise ModuleNotFoundError(f"{name} is hidden here", name=name)
 
     finder = Hidden()
-    sys.meta_path.insert(0, finder)
+    # Other threads may be going through the list: they keep theirs.
+    sys.meta_path = [finder, *sys.meta_path]
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        sys.meta_path = [each for each in sys.meta_path if each is not finder]
 
 
 def join_group(world: World) -> None:

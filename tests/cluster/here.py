@@ -46,7 +46,12 @@ class Here:
         spools = [f"{place}/spool/*/records.jsonl" for place in (f"{home}/tessera", f"{values['storage']['url']}/{values['name']}")]
         torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train.worker"]
         command = [*([sys.executable, "launch/submit.py"] if has_ray else torchrun), str(file), *overrides]
-        env = {"HOME": str(home), "XDG_STATE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        env = {
+            "HOME": str(home),
+            "XDG_STATE_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+        }  # of data, where runs are on files
         return Job(command, self.folder / f"{number}.log", spools, env)
 
     def run(self, values: Mapping[str, Any]) -> Run:

@@ -131,9 +131,35 @@ def test_where_no_commit_can_be_read_nothing_begins_from_nothing(tmp_path: Path)
     store = Storage(str(tmp_path))
     save(Checkpoints(store), Checkpoints(store).acquire(), 5)
     store.write("checkpoints/step-5/COMMIT.json", b"")
-    with pytest.raises(CheckpointError, match=r"all are damaged and set aside; the same command again begins from where the run began"):
+    with pytest.raises(CheckpointError, match=r"all are damaged and set aside; with --fresh it begins again from where it began"):
         Checkpoints(store).acquire()
+    with pytest.raises(CheckpointError, match=r"with --fresh it begins again"):
+        Checkpoints(store).acquire()  # nor with the same command
+    Checkpoints(store).clear()
     assert Checkpoints(store).acquire().base == []
+
+
+def test_a_commit_that_was_damaged_on_its_way_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Storage(str(tmp_path))
+    checkpoints = Checkpoints(store)
+    save(checkpoints, checkpoints.acquire(), 5)
+    read, damaged = Storage.read, [True]
+
+    def once(self: Storage, key: str) -> bytes:
+        return b"{" if key.endswith("COMMIT.json") and damaged and damaged.pop() else read(self, key)
+
+    monkeypatch.setattr(Storage, "read", once)
+    assert checkpoints.steps() == [5] and not damaged
+
+
+def test_data_of_a_commit_that_cannot_be_read_is_not_removed(store: Storage, said: list[Event]) -> None:
+    checkpoints = Checkpoints(store)
+    lease = checkpoints.acquire()
+    for step in (10, 20, 30):
+        save(checkpoints, lease, step)
+    store.write("checkpoints/step-20/COMMIT.json", b"garbled")
+    retain(checkpoints, lease, Retention(keep=3))
+    assert sorted(store.names("checkpoints/step-20")) == ["COMMIT.json", "g1-a"] and checkpoints.steps() == [10, 30]
 
 
 def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
@@ -333,6 +359,16 @@ def test_what_stays(retention: Retention, kept: set[int]) -> None:
         for n, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True), start=1)
     ]
     assert to_keep(commits, retention) == kept
+
+
+def test_what_stays_for_ever_where_saves_fall_beside_its_multiples() -> None:
+    """And stays the same while the run goes on."""
+    steps, there = (997, 1001, 1500, 1999, 2003, 2990), []
+    for step in steps:
+        there.append(commit_at(step))
+        kept = to_keep(there, Retention(1, permanent=1000))
+        there = [commit for commit in there if commit.step in kept]
+    assert [commit.step for commit in there] == [1001, 2003, 2990]
 
 
 def test_a_run_that_starts_anew_is_not_that_of_an_old_job(store: Storage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.checkpoint.fragments import Fragment
 from pipeline.checkpoint.read import read_into
 from pipeline.core import retry
-from pipeline.core.errors import InfrastructureError
+from pipeline.core.errors import InfrastructureError, StorageError
+from pipeline.core.retry import insist
 from pipeline.core.storage import Storage
 from pipeline.shards.table import ShardTable
 from pipeline.stream.look import read_indices
@@ -49,3 +51,21 @@ def test_data_is(s3: S3, name: str, monkeypatch: pytest.MonkeyPatch, make_datase
         store.plan = lambda method, path: "error" if method == "GET" and path.endswith(name) else None
         with pytest.raises(InfrastructureError, match=rf"^data {url}/{name}: could not be read in 3 attempts \("):
             list(read_indices(directory, ShardTable(directory, "train"), [0]))
+
+
+def test_patience_begins_with_the_first_failure() -> None:
+    """An upload that takes longer than that, and fails then, is tried again."""
+    took: list[float] = []
+
+    def slow(failures: int) -> str:
+        time.sleep(0.3)
+        took.append(0.3)
+        if len(took) <= failures:
+            raise StorageError("slow down")
+        return "done"
+
+    assert insist(lambda: slow(1), 0.2, lambda text: None) == "done" and len(took) == 2
+    took.clear()
+    with pytest.raises(StorageError):
+        insist(lambda: slow(100), 0.5, lambda text: None)
+    assert 2 <= len(took) <= 4

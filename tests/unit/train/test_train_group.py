@@ -18,7 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from pipeline.checkpoint import claim_run
 from pipeline.config import parse_config
 from pipeline.config.schema import Cluster
-from pipeline.core.errors import InfrastructureError
+from pipeline.core.errors import InfrastructureError, Preempted
 from pipeline.core.progress import Event, set_sink
 from pipeline.train import group, job
 from pipeline.train.group import train_group
@@ -117,6 +117,18 @@ def test_a_worker_hears_after_a_cut(said: list[str]) -> None:
         assert until(signals.stop.is_set)
         assert not signals.save.is_set()
     assert said and all("for a while a worker could not ask" in line for line in said)
+
+
+def test_a_stop_that_a_worker_heard_of_holds_for_the_whole_job() -> None:
+    """It came through the run's directory, to this group alone: the next one must not train on."""
+    relay, worker, driver, over, done = make_relay(), Signals(), Signals(), threading.Event(), threading.Event()
+    with running(group._listen, relay, worker, over), running(group._watch, relay, done, driver):
+        worker.save.set()
+        time.sleep(3 * group._LOOK_EVERY)
+        assert not driver.stop.is_set()
+        worker.stop.set()
+        assert until(driver.stop.is_set)
+    assert ray.get(relay.asked.remote()).keys() == {"stop"}
 
 
 def test_each_request_is_heard_once() -> None:
@@ -222,3 +234,20 @@ def test_a_start_in_vain_is_told_from_workers_that_failed(tmp_path: Path, monkey
     )
     ended = train_group(run, 3, False, Signals(), lambda own: False)
     assert not ended.is_finished and not ended.had_places and ended.failure and "timed out after 2.0 seconds" in ended.failure
+
+
+@pytest.mark.parametrize("has_failed", [False, True], ids=["to grow", "as a worker fails"])
+def test_no_group_follows_one_that_heard_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_failed: bool) -> None:
+    """The group ends for another reason in the same moment."""
+    started = []
+
+    def end(run: Any, workers: int, use_gpu: bool, signals: Signals, has_room: Any) -> group.Ended:
+        started.append(workers)
+        signals.stop.set()
+        return group.Ended(False, "a worker died" if has_failed else None)
+
+    monkeypatch.setattr(job, "train_group", end)
+    values = {"name": "a", "storage": str(tmp_path), "data": "none", "pretrain": {"model": "vit", "duration": "1 step"}, "cluster": "local"}
+    with pytest.raises(InfrastructureError if has_failed else Preempted, match=r"asked to end.*the same command goes on from"):
+        job.pretrain(claim_run(parse_config(values)), Signals())
+    assert len(started) == 1

@@ -243,6 +243,9 @@ def test_a_fresh_run_is_not_held_up_by_what_the_old_one_learned(home: Home, pret
     with pytest.raises(DataError):
         check_resources(config, write=False)
     check_resources(config, write=False, fresh=True)
+    with pytest.raises(DataError):
+        plan_config(config)
+    assert plan_config(config, fresh=True)[0] is not None
 
 
 def test_data_without_captions(home: Home) -> None:

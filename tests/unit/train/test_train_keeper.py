@@ -18,7 +18,7 @@ from pipeline.checkpoint.requests import Requests, ask
 from pipeline.checkpoint.retain import Retention
 from pipeline.checkpoint.save import Outcome, Saver, new_attempt
 from pipeline.config.pretrain import Save
-from pipeline.core.errors import Diverged, ExitCode, Fenced, InfrastructureError, Preempted, Unsaved
+from pipeline.core.errors import CredentialsError, Diverged, ExitCode, Fenced, InfrastructureError, Preempted, Unsaved
 from pipeline.core.progress import Event, set_sink
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
@@ -274,6 +274,22 @@ def test_the_end_is_not_reached_unsaved(path: Path) -> None:
         t.keeper.finish(3)
     assert e.value.exit_code == ExitCode.INFRASTRUCTURE
     t.saver.close()
+
+
+def test_the_last_save_is_tried_again_after_a_while(path: Path, said: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at once: a store that refuses in no time would be asked, and the state copied, without end."""
+    monkeypatch.setattr("pipeline.train.keeper._AGAIN", 0.5)
+    monkeypatch.setattr("pipeline.core.upload.Uploader.upload", _refuse)
+    t = Training(path, between=100, retry="1 second", patience="2 seconds")
+    with pytest.raises(Unsaved, match="no right to write"):
+        t.keeper.finish(3)
+    t.saver.close()
+    assert 3 <= t.keeper.failures <= 6
+    assert all("is not saved, it is tried again" in event.text for event in said)
+
+
+def _refuse(self: object, key: str, block: int) -> None:
+    raise CredentialsError("no right to write")
 
 
 def test_the_interval_is_worked_out_and_told(path: Path, said: list[Event]) -> None:

@@ -283,7 +283,7 @@ def test_so_does_a_run_in_16_bits(shop: Workshop, moved: dict[int, list[list[str
 
 def test_a_child_without_a_sound_checkpoint_does_not_begin_from_nothing(shop: Workshop, resumed: list[list[str] | None]) -> None:
     assert resumed[6] is not None and resumed[6][0] == "CheckpointError"
-    assert "all are damaged and set aside; the same command again begins from" in resumed[6][1]
+    assert "all are damaged and set aside; with --fresh it begins again" in resumed[6][1]
     assert Checkpoints(shop.directory("child")).steps() == []
 
 
