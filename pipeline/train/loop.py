@@ -22,6 +22,7 @@ from pipeline.train.schedule import factor
 from pipeline.train.zero import Engine
 
 Row = dict[str, float]
+_SKIPS, _SKIPS_16 = 10, 100  # updates in a row that could not be made, after which none ever will be; fp16 finds its scale by such
 
 
 class Hooks(Protocol):
@@ -49,7 +50,7 @@ def train(
     """Steps `first` to `plan.steps`, drawing from `stream`.
 
     Raises:
-        Diverged: the loss is no longer a finite number.
+        Diverged: the loss is no longer a finite number, or no update can be made any more.
     """
     batches = iter(stream)
     clock = Clock()
@@ -71,6 +72,11 @@ def train(
                 totals[name] = totals.get(name, 0) + value.detach() * batch.weight
         clock.count(config.batch)
         done = step + 1
+        if engine.skipped >= (_SKIPS_16 if config.precision == "fp16" else _SKIPS):
+            raise Diverged(
+                f"pretrain: at step {done} the gradient has not been finite for {engine.skipped} steps in a row, and none was taken; "
+                "try a lower pretrain.optimizer.lr or a longer pretrain.schedule.warmup"
+            )
         if done % plan.log_every == 0 or done in (1, plan.steps):
             row = _mean(totals, stream.pieces, world)
             if not math.isfinite(row["loss"]):

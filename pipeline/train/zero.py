@@ -91,6 +91,7 @@ class Engine:
         self.world, self.dtype, self.stage = world, _DTYPES[config.precision], config.zero.stage
         self.is_plain = self.stage == 0 and self.dtype == torch.float32  # the parameters are whole, and in fp32
         self._norm: torch.Tensor | None = None
+        self.skipped = 0  # updates in a row that DeepSpeed left out, on all ranks, for a gradient that was not finite
         self._scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
         for name in self._scalars:  # DeepSpeed cannot broadcast what has no dimension
             scalar = model.get_parameter(name)
@@ -137,8 +138,10 @@ class Engine:
         is_update = self.engine.is_gradient_accumulation_boundary()
         if self.is_plain and is_update:  # here DeepSpeed keeps no norm
             self._norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+        before = self.engine.skipped_steps
         self.engine.step()
         if is_update:
+            self.skipped = self.skipped + 1 if self.engine.skipped_steps > before else 0
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
 

@@ -16,7 +16,7 @@ from pipeline.checkpoint.read import newest_sound
 from pipeline.core.errors import ExitCode
 from tests.cluster.evidence import SAME_SIZE, check_run, loss_of, standstill
 from tests.cluster.here import LONG_HERE, STEPS_HERE, Here
-from tests.cluster.runs import EVERY, Row, running
+from tests.cluster.runs import Row, running
 from tests.faults import faulty_store
 from tests.integration.test_bad_input import mounted
 
@@ -47,7 +47,7 @@ def test_killed_before_the_commit(here: Here, unbroken_here: list[Row], told: To
             moment = job.moment()
     run = here.run(values)
     last = run.checkpoints.commits()[-1]
-    assert AT - 2 * EVERY < last.step < asked[0], "the one before counts"
+    assert last.step < asked[0], "the one before counts"
     assert run.checkpoints.directory.names(f"step-{asked[0]}"), "and what was uploaded lies there"
     with running(here.start(here.config("uncommitted"))) as again:
         again.ends_with(0)
@@ -103,8 +103,8 @@ def _longer(here: Here) -> list[Row]:
     return here.run(values).history()
 
 
-@pytest.mark.parametrize("log", ["1 step", "10000 steps"], ids=["seen in the loss", "seen in the save"])
-@pytest.mark.fault("a NaN", "weights that grow threefold a step until they overflow; exit 65; the commits before are sound")
+@pytest.mark.parametrize("log", ["1 step", "10000 steps"], ids=["each step recorded", "none recorded"])
+@pytest.mark.fault("a NaN", "weights that grow threefold a step until the gradient overflows; exit 65; the commits before are sound")
 def test_diverged(here: Here, told: Told, log: str) -> None:
     """Weight decay of 400 at a learning rate of 0.01 multiplies weights by -3 a step (decoupled, as AdamW's)."""
     values = here.config(f"diverged-{log.split()[0]}")

@@ -83,6 +83,15 @@ def pair(shop: Workshop, alone: object) -> list[list[str] | None]:
             shop.job("pair16", "pretrain.precision=bf16"),
             shop.job("child", f"pretrain.start={shop.root}/runs/alone@3"),
             rich(shop, "rich2"),
+            shop.job(
+                "stuck",
+                "pretrain.optimizer={lr: 0.01, weight_decay: 400.0}",  # multiplies weights by -3 a step
+                "pretrain.schedule=constant",
+                "pretrain.zero.stage=1",
+                "pretrain.duration=100 steps",
+                "pretrain.save.every=100 steps",
+                "pretrain.log=100 steps",  # or the loss would tell
+            ),
         ],
     )
 
@@ -160,6 +169,12 @@ def test_fp16_is_refused_on_a_cpu(alone: list[list[str] | None]) -> None:
 def test_a_loss_that_is_no_number_stops_the_run(shop: Workshop, alone: list[list[str] | None]) -> None:
     assert alone[3] is not None and alone[3][0] == "Diverged" and "try a lower pretrain.optimizer.lr" in alone[3][1]
     assert all(math.isfinite(r["train/loss"]) for r in shop.rows("diverged") if "train/loss" in r)
+
+
+def test_updates_that_deepspeed_leaves_out_stop_the_run(shop: Workshop, pair: list[list[str] | None]) -> None:
+    """Under ZeRO it makes none where a gradient is not finite, and says nothing: the loss stays where it is for ever."""
+    assert pair[8] is not None and pair[8][0] == "Diverged"
+    assert "the gradient has not been finite for 10 steps in a row, and none was taken" in pair[8][1]
 
 
 def test_weights_that_are_no_numbers_are_not_saved(shop: Workshop, alone: list[list[str] | None]) -> None:
