@@ -103,6 +103,11 @@ class Checkpoints:
             raise CheckpointError(f"{self._where(step)}: there is no such committed checkpoint (committed steps: {known})")
         return commit
 
+    def has(self, commit: Commit) -> bool:
+        """Whether this very attempt is committed, be it that it counts or not."""
+        there = self._read_or_pass(commit.step)
+        return there is not None and there.attempt == commit.attempt
+
     def _steps_there(self) -> list[int]:
         return [int(m[1]) for name in self.directory.names() if (m := _STEP.fullmatch(name))]
 

@@ -167,7 +167,7 @@ class Saver:
         errors = [e for _, e in everyone if e is not None]
         error = errors[0] if errors else self._commit(commit, [r for part, _ in everyone for r in part])
         self._board.put(f"{commit.attempt}/outcome", ([], error))
-        if errors:
+        if errors or isinstance(error, Fenced):
             self._discard(commit)
         return error
 
@@ -182,9 +182,11 @@ class Saver:
         return None
 
     def _discard(self, commit: Commit) -> None:
-        """What some ranks uploaded of a save that others could not: it takes up room, which may be what is missing."""
+        """What was uploaded of a save that came to nothing: it takes up room, which may be what is missing. A commit that was made while
+        another job took up the run may be one that it goes on from."""
         try:
-            self.checkpoints.directory.remove(commit.prefix)
+            if not self.checkpoints.has(commit):
+                self.checkpoints.directory.remove(commit.prefix)
         except TesseraError as e:
             say(f"warning: what was uploaded of the checkpoint at step {commit.step:,} is still there ({e}); a later one removes it")
 

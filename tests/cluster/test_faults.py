@@ -14,8 +14,9 @@ import pytest
 from pipeline.core.errors import ExitCode
 from tests.cluster.conftest import LONG
 from tests.cluster.evidence import ANY_SIZE, SAME_SIZE, check_run, loss_of, standstill
+from tests.cluster.here import STEPS_HERE, Here
 from tests.cluster.lab import DRIVER, HEAD, Lab
-from tests.cluster.runs import EVERY, RANK, Row, resumed_at
+from tests.cluster.runs import EVERY, RANK, Row, resumed_at, running
 from tests.faults import faulty_store
 
 STEPS, AT = 180, 64  # steps of a run, and the step of a fault
@@ -157,6 +158,19 @@ def test_rank_stopped(lab: Lab, unbroken: list[Row], told: Told) -> None:
     assert "resuming" not in job.text()
     run = lab.run("stopped")
     told |= {"lost": 0, "seconds": standstill(run, moment), "losses": check_run(run, unbroken, STEPS, SAME_SIZE)}
+
+
+@pytest.mark.fault("SIGSTOP of a rank for good", "one of two on one machine: found after 90 s without an answer, and a new group goes on")
+def test_rank_stopped_for_good(here: Here, unbroken_here: list[Row], told: Told) -> None:
+    values = here.config("stopped")
+    with running(here.start(values)) as job:
+        moment = job.at_step(AT)
+        job.ranks()[-1].suspend()
+        found = job.until_says("starting 2 workers", moment)
+        assert found.at - moment.at < 120
+        job.ends_with(0)
+    run = here.run(values)
+    told |= loss_of(job, moment, run) | {"losses": check_run(run, unbroken_here, STEPS_HERE, SAME_SIZE)}
 
 
 @pytest.mark.fault("clock skew of a day", "a host's wall clock is a day ahead; a rank on another is killed")
