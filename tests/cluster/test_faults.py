@@ -167,7 +167,7 @@ def test_rank_stopped_for_good(here: Here, unbroken_here: list[Row], told: Told)
         moment = job.at_step(AT)
         job.ranks()[-1].suspend()
         found = job.until_says("starting 2 workers", moment)
-        assert found.at - moment.at < 120
+        assert 90 < found.at - moment.at < 200, "and as long as Ray takes to end a group of which one does not answer"
         job.ends_with(0)
     run = here.run(values)
     told |= loss_of(job, moment, run) | {"losses": check_run(run, unbroken_here, STEPS_HERE, SAME_SIZE)}
