@@ -42,13 +42,14 @@ class Here:
         file = self.folder / f"{values['name']}.yaml"
         file.write_text(yaml.safe_dump(dict(values), sort_keys=False))
         home = self.folder / machine
-        home.mkdir(exist_ok=True)
-        spools = [f"{place}/spool/*/records.jsonl" for place in (f"{home}/tessera", f"{values['storage']['url']}/{values['name']}")]
+        state = home / values["name"]  # of a run alone: what an earlier one recorded is not taken for its steps
+        state.mkdir(parents=True, exist_ok=True)
+        spools = [f"{place}/spool/*/records.jsonl" for place in (f"{state}/tessera", f"{values['storage']['url']}/{values['name']}")]
         torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "pipeline.train.worker"]
         command = [*([sys.executable, "launch/submit.py"] if has_ray else torchrun), str(file), *overrides]
         env = {
             "HOME": str(home),
-            "XDG_STATE_HOME": str(home),
+            "XDG_STATE_HOME": str(state),
             "OMP_NUM_THREADS": "1",
             "AWS_ENDPOINT_URL": self.endpoint,
         }  # of data, where runs are on files
