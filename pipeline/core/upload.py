@@ -160,7 +160,11 @@ class _Process:
             md5 = pool.submit(stores.md5, own, self.bytes, self.directory.protocol) if self.compares else None
 
             def put() -> None:
-                self.directory.put(Path(f"/dev/fd/{self.fd}"), key)
+                try:
+                    self.directory.put(Path(f"/dev/fd/{self.fd}"), key)
+                except StorageError:
+                    if md5 is None or not self._is_there(key, md5.result()):
+                        raise
                 self._check(key, self.bytes, own, md5.result if md5 else None)
 
             self._try(put)
@@ -181,6 +185,15 @@ class _Process:
 
         self.directory.write(key, data)
         self._check(key, len(data), own, (lambda: stores.md5(own, len(data), self.directory.protocol)) if self.compares else None)
+
+    def _is_there(self, key: str, md5: str) -> bool:
+        """Whether an upload that failed did not: a store may put its parts together for longer than the client waits, which asks again, and
+        hears that there is no such upload."""
+        try:
+            there = self.directory.head(key)
+        except (FileNotFoundError, StorageError):
+            return False
+        return there.size == self.bytes and there.md5 == md5
 
     def _check(self, key: str, size: int, own: stores.ReadRange, md5: Callable[[], str] | None) -> None:
         """Raises StorageError unless what is there is what was uploaded, `own`."""

@@ -151,3 +151,19 @@ def test_an_upload_in_parts_is_compared_too(watched: tuple[Storage, Storage, Fau
     assert there is not None and there.endswith("-3") and asked.count("PUT") == 3 and "GET" not in asked and not warnings
     assert there == stores.md5(lambda start, stop: data[start:stop], len(data), "s3")
     assert there != stores.md5(lambda start, stop: (data[:-1] + b"?")[start:stop], len(data), "s3")
+
+
+def test_an_answer_that_was_lost_is_no_lost_upload(watched: tuple[Storage, Storage, FaultyStore]) -> None:
+    """The parts are put together, and nobody hears of it; asked again, the store knows no such upload."""
+    _, directory, store = watched
+    data, asked = os.urandom(MIB) * 120, list[str]()
+
+    def plan(method: str, path: str) -> str | None:
+        asked.append(method)
+        return "cut" if method == "POST" and asked.count("POST") == 2 else None
+
+    store.plan = plan
+    with uploading(directory, data) as (uploader, warnings):
+        receipt, _ = uploader.upload("a", 8 * MIB)
+    assert store.seen["cut"] == 1 and asked.count("PUT") == 3, "nothing is sent twice"
+    assert receipt.bytes == len(data) and not warnings
