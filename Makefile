@@ -1,7 +1,7 @@
 # make quickstart   set up, then everything, small, on this machine
 # make test         set up, then the tests
 # make venv         set up alone; TORCH_INDEX=url takes torch from another index (such as a CUDA or CPU build of it)
-# make chaos        every fault of tests/cluster, as root, an hour or more; writes tests/cluster/RESULTS.md
+# make chaos        every fault of tests/cluster, as root, an hour and a half; writes tests/cluster/RESULTS.md
 # make lint         style, types, import order
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ test: venv
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 chaos: venv
-	$(BIN)/python -m pytest -m "chaos or slow" tests/cluster --results tests/cluster/RESULTS.md
+	$(BIN)/python -m pytest -m "chaos or slow" tests/cluster tests/integration/test_resume.py --results tests/cluster/RESULTS.md
 	$(BIN)/python -m tests.cluster.trace --minutes 4 --seed 1 --results tests/cluster/RESULTS.md
 
 lint: venv

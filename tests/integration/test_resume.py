@@ -18,7 +18,7 @@ from tests.integration.services import BIN, ROOT
 
 STEPS = 40
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos  # a second look, through the quickstart, at what tests/cluster does to smaller runs
 
 
 def _arguments(storage: Path, digits: Path) -> list[str]:
