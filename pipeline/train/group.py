@@ -39,7 +39,7 @@ from pipeline.train.relay import Relay
 _NO_RETRIES = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # A worker whose process answers nothing for so many seconds is dead; by default all others would wait for ten minutes.
-os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "90")
+os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "60")
 _LOOK_EVERY = 0.5  # seconds
 _REPLY = 10.0  # seconds that an actor may take to answer
 # Raised by Ray where a machine or the network fails; for all that a watcher knows, it is over the next time.

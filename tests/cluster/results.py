@@ -16,12 +16,13 @@ import psutil
 _HEAD = """\
 # Faults injected into a running pre-training
 
-{machine}. Made by `make chaos`, and not by hand; times are UTC.
+{machine}. Rows are written by the tests of `make chaos`, those that were run; each says when (UTC).
 
 A tiny ViT in fp32, saved every {every} steps. *Lost*: steps done again, of those that one save covers: {every}, and as many as are done
 while a save is on its way. *Standstill*: the longest time without a step. *Losses*: all of them, against a run that nobody disturbed; bit
 for bit, or with another number of workers relative. Each run is also checked for: every step once, samples consumed as many as the order
-has up to there (but for the replaced ones named here), every byte of every checkpoint as it was saved, nothing left behind in the store.
+has up to there (but for the replaced ones named here), every byte of every checkpoint as it was saved, nothing left behind in the store. Where losses do
+not apply, the run diverged, and its checkpoints alone are checked.
 
 | fault | what was done | lost | standstill | losses | verdict | when |
 |---|---|---|---|---|---|---|

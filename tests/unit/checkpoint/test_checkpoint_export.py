@@ -395,7 +395,6 @@ def test_each_block_is_fetched_about_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 _MEASURED = """
 import sys
-import pipeline.checkpoint.export  # and torch, which takes more than the export
 from pipeline.checkpoint.__main__ import main
 
 def status(key):
@@ -403,24 +402,25 @@ def status(key):
     return int(line.split()[1]) * 1024
 
 before = status("VmRSS")
-main(["export", *sys.argv[1:], "--to", "hf", "--max-file", "120 MB"], standalone_mode=False)
+main(["export", *sys.argv[1:], "--to", "hf", "--max-file", "300 MB"], standalone_mode=False)
 print(status("VmHWM") - before)
 """
 
 
 def test_memory_holds_a_few_tensors(tmp_path: Path) -> None:
-    """An iGPT of 0.6 GB, of 99 tensors of at most 17 MB, all of whose large ones are transposed on the way."""
+    """An iGPT of 1.5 GB, of 243 tensors of at most 17 MB, all of whose large ones are transposed on the way."""
     with torch.device("meta"):
-        shapes = {n: list(t.shape) for n, t in create("igpt", width=1024, depth=12, heads=8, pixels=32, colors=512).state_dict().items()}
-    options = create("igpt", device="meta", width=1024, depth=12, heads=8, pixels=32, colors=512).options.model_dump(mode="json")
+        shapes = {n: list(t.shape) for n, t in create("igpt", width=1024, depth=30, heads=8, pixels=32, colors=512).state_dict().items()}
+    options = create("igpt", device="meta", width=1024, depth=30, heads=8, pixels=32, colors=512).options.model_dump(mode="json")
     card = ModelCard("igpt", options, "pixels", [], (0.5,) * 3, (0.5,) * 3, "hash", "run-id", 7)
     size, ranks, names = sum(4 * math.prod(s) for s in shapes.values()), 4, list(shapes)
 
-    numbers = {name: torch.arange(math.prod(shapes[name]), dtype=torch.float32) + n for n, name in enumerate(names)}
+    def numbers(name: str) -> torch.Tensor:
+        return torch.arange(math.prod(shapes[name]), dtype=torch.float32) + names.index(name)
 
     def part(rank: int) -> list[Fragment]:
-        found = (own_share(WEIGHT, name, numbers[name], rank, ranks) for name in names)
-        return [f for f in found if f is not None]
+        found = (own_share(WEIGHT, name, numbers(name), rank, ranks) for name in names)
+        return [Fragment(f.key, f.name, f.start, f.tensor.clone()) for f in found if f is not None]
 
     try:
         commit_ranks(Storage(str(tmp_path / "run")), [partial(part, rank) for rank in range(ranks)], card, shapes)
@@ -428,13 +428,13 @@ def test_memory_holds_a_few_tensors(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         peak = int(done.stdout.splitlines()[-1])
-        assert size > 600_000_000 and len(list((tmp_path / "out").glob("model-*.safetensors"))) == 6
-        assert peak < size / 2, f"{peak / 2**20:.0f} MiB of {size / 2**20:.0f} MiB"
+        assert size > 1_500_000_000 and len(list((tmp_path / "out").glob("model-*.safetensors"))) == 6
+        assert peak < size / 3, f"{peak / 2**20:.0f} MiB of {size / 2**20:.0f} MiB"
         places = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
-        ours = {f"transformer.h.{i}.mlp.c_fc.weight": f"blocks.{i}.mlp.fc1.weight" for i in (0, 11)}
+        ours = {f"transformer.h.{i}.mlp.c_fc.weight": f"blocks.{i}.mlp.fc1.weight" for i in (0, 29)}
         for theirs, name in ours.items():
             with safe_open(tmp_path / "out" / places[theirs], "pt") as file:
-                assert torch.equal(file.get_tensor(theirs), numbers[name].view(shapes[name]).T)
+                assert torch.equal(file.get_tensor(theirs), numbers(name).view(shapes[name]).T)
     finally:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)  # pytest keeps its directories
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
