@@ -29,6 +29,7 @@ from pipeline.core.errors import ClusterUnreachable, ConfigError, CredentialsErr
 _CONNECT = 10  # seconds until an address counts as unreachable
 _LOST_AFTER = 120  # seconds without an answer until a job that is followed counts as out of reach
 _READY_WITHIN = 60  # seconds that a cluster which answers may take until it takes jobs
+_NO_AGENT = "No available agent"  # how the head says so
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -92,18 +93,27 @@ class RayCluster:
             environment = _job_environment(config)
             # A head that has just started answers before it can take jobs.
             retry = Retrying(
-                retry=retry_if_exception_message(match=r".*No available agent"),
+                retry=retry_if_exception_message(match=f".*{_NO_AGENT}"),
                 stop=stop_after_delay(_READY_WITHIN),
                 wait=wait_fixed(1),
                 reraise=True,
             )
-            return retry(
-                self.client.submit_job,
-                entrypoint=shlex.join(words),
-                submission_id=f"{base}-{attempt}",
-                runtime_env={"working_dir": folder, "env_vars": environment},
-                metadata={"run": run_directory(config).url},
-            )
+            try:
+                return retry(
+                    self.client.submit_job,
+                    entrypoint=shlex.join(words),
+                    submission_id=f"{base}-{attempt}",
+                    runtime_env={"working_dir": folder, "env_vars": environment},
+                    metadata={"run": run_directory(config).url},
+                )
+            except RuntimeError as e:
+                if _NO_AGENT not in str(e):
+                    raise
+                raise ClusterUnreachable(
+                    f"cluster.address: {self.address} answers, but the head's agent, which takes jobs, has not come up for "
+                    f"{_READY_WITHIN} s; dashboard_agent.log in the head's session directory says why (often its port is taken: "
+                    "ray start --dashboard-agent-listen-port)"
+                ) from e
 
     def follow(self, name: str) -> ExitCode | int:
         """Print the job's log to its end, through broken connections; gives the job's exit code."""

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.services import BIN, TOKEN, RayHead, answers, free_ports, service
+from tests.integration.services import BIN, RayHead, answers, free_ports, service, start_head
 
 
 @pytest.fixture(scope="session")
 def ray_head(s3: object) -> Iterator[RayHead]:
     """`ray start --head` with token authentication; it knows the keys of the S3 server."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
-    gcs, dashboard, client = free_ports(3)
-    command = [
-        str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", f"--temp-dir={folder / 'r'}", "--disable-usage-stats",
-    ]  # fmt: skip
-    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        with service(command, folder / "log", lambda: answers(f"{address}/api/version"), env):
-            yield RayHead(address, TOKEN)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with start_head() as head:
+        yield head
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -76,3 +78,23 @@ def answers(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def start_head(agent: int | None = None) -> Iterator[RayHead]:
+    """`ray start --head` with token authentication. Its agents have ports of their own too: they do not look for another where theirs is
+    taken, and without the agent at `agent` no job can be submitted."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
+    gcs, dashboard, client, http, grpc, environments, metrics = free_ports(7)
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent or http}", f"--dashboard-agent-grpc-port={grpc}",
+        f"--runtime-env-agent-port={environments}", f"--metrics-export-port={metrics}", f"--temp-dir={folder / 'r'}", "--disable-usage-stats",
+    ]  # fmt: skip
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        with service(command, folder / "log", lambda: answers(f"{address}/api/version"), env):
+            yield RayHead(address, TOKEN)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

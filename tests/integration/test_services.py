@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from pipeline.checkpoint import Checkpoints, find_model
 from pipeline.core.storage import Storage
 from pipeline.stream import open_dataset
-from tests.integration.services import ROOT, RayHead
+from tests.integration.services import ROOT, RayHead, start_head
 
 pytestmark = pytest.mark.slow
 
@@ -79,3 +80,31 @@ def _check_tracking(uri: str, supervised: float) -> None:
     assert parent.data.params["pretrain.batch"] == "128" and len(parent.data.params["dataset.hash"]) == 64
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"config.yaml", "report"}
     assert [a.path for a in client.list_artifacts(parent.info.run_id, "report")] == ["report/index.html"]
+
+
+def test_head_that_takes_no_jobs(tmp_path: Path) -> None:
+    """Its agent's port is taken, as by another cluster's on the same machine."""
+    run = """
+import sys, launch.cluster
+from launch.submit import main
+launch.cluster._READY_WITHIN = 1
+main()
+"""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with start_head(agent=taken.getsockname()[1]) as head:
+            env = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_TOKEN": head.token}
+            command = [
+                sys.executable,
+                "-c",
+                run,
+                "configs/quickstart.yaml",
+                f"storage={tmp_path}",
+                "tracking.uri=null",
+                "--address",
+                head.address,
+            ]
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "agent, which takes jobs, has not come up" in done.stderr and "Traceback" not in done.stderr
