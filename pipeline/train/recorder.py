@@ -20,8 +20,8 @@ from pipeline.objectives import VALIDATION
 from pipeline.plan import Plan
 from pipeline.stream import Stream
 from pipeline.train.keeper import Keeper, Signals
-from pipeline.train.loop import Row
 from pipeline.train.saving import State, encode, files, fragments
+from pipeline.train.speed import Row
 from pipeline.train.zero import Engine
 
 

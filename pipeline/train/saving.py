@@ -22,7 +22,7 @@ from pipeline.core.errors import CheckpointError, TesseraError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
-from pipeline.train.loop import Row
+from pipeline.train.speed import Row
 from pipeline.train.zero import Engine
 
 _RANDOM = "random"

@@ -21,9 +21,9 @@ from pipeline.core.world import World
 from pipeline.models import create
 from pipeline.stream import open_stream
 from pipeline.train.job import choose_workers
-from pipeline.train.loop import Clock
 from pipeline.train.optim import OPTIMIZERS, build_optimizer, decay_groups
 from pipeline.train.schedule import SCHEDULES, factor
+from pipeline.train.speed import Clock
 from pipeline.train.zero import _hidden, check_precision
 
 
