@@ -55,6 +55,19 @@ class World:
         dist.all_gather_object(box, value)
         return box
 
+    def concatenate(self, rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """`rows` (n, ..) of all ranks, one rank's after the other's, (N, ..); `sizes` says n of each rank. No gradient goes through."""
+        if self.size == 1:
+            return rows
+        most = max(sizes)
+        padded = rows.new_zeros((most, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        found = rows.new_empty((self.size * most, *rows.shape[1:]))
+        dist.all_gather_into_tensor(found, padded)
+        if min(sizes) == most:
+            return found
+        return torch.cat([part[:n] for part, n in zip(found.split(most), sizes, strict=True)])
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -80,9 +80,14 @@ class Stream:
         return -(-self.pieces // self.world_size)
 
     @property
+    def shares(self) -> list[int]:
+        """How many samples of a global batch each rank has."""
+        return [len(self._dealt(rank)) * self.micro_batch for rank in range(self.world_size)]
+
+    @property
     def has_samples(self) -> bool:
         """Whether this rank gets more than fillers."""
-        return len(self._mine()) > 0
+        return self.shares[self.rank] > 0
 
     @property
     def view(self) -> str:
@@ -124,14 +129,14 @@ class Stream:
                         self.consumed += self.global_batch
                     yield batch
 
-    def _mine(self) -> range:
-        """This rank's micro-batches among those of a global batch."""
-        return range(self.rank * self.pieces // self.world_size, (self.rank + 1) * self.pieces // self.world_size)
+    def _dealt(self, rank: int) -> range:
+        """The micro-batches of `rank` among those of a global batch."""
+        return range(rank * self.pieces // self.world_size, (rank + 1) * self.pieces // self.world_size)
 
     def _places(self) -> Iterator[int]:
         """This rank's micro-batches by index, fillers too, without end."""
         step = self.consumed // self.global_batch
-        mine = self._mine()
+        mine = self._dealt(self.rank)
         while True:
             for turn in range(self.rounds):
                 yield step * self.pieces + mine[turn] if turn < len(mine) else FILLER
