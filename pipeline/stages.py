@@ -23,7 +23,8 @@ from pipeline.checkpoint.read import verify
 from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
 from pipeline.config.data import Data
-from pipeline.core.errors import CheckpointError, TesseraError, choose
+from pipeline.config.pretrain import Pretrain
+from pipeline.core.errors import CheckpointError, ConfigError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -31,7 +32,8 @@ from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.results import Result
 from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks
-from pipeline.models import build
+from pipeline.models import Model, build
+from pipeline.models.blockwise import blocks_of
 from pipeline.objectives import Facts, check_best, check_mixing
 from pipeline.plan import Plan, make_plan
 from pipeline.shards.job import find_made, make_dataset
@@ -44,7 +46,7 @@ from pipeline.train.job import pretrain
 from pipeline.train.keeper import Signals
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
-from pipeline.train.zero import check_precision
+from pipeline.train.zero import check_deepspeed, check_precision
 
 TIMINGS = "timings.json"
 
@@ -63,17 +65,25 @@ def check_config(config: Config) -> None:
     tracking_uri(config)
     p = config.pretrain
     if p:
-        options_of(p, classes=2)
+        _check_blocks(p, build(p.model.name, options_of(p, classes=2), device="meta"))
         check_mixing(p.objective.name, p.image)
         if p.save.best:
             check_best(p.objective.name, p.save.best)
         choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
+        check_deepspeed(p)
         if config.shard:
             choose("pretrain.split", p.split, config.shard.splits)
             if p.validation:
                 choose("pretrain.validate.split", p.validation.split, config.shard.splits)
     check_evaluate(config)
+
+
+def _check_blocks(p: Pretrain, model: Model) -> None:
+    """Raises ConfigError for what is done block by block of a model that has none."""
+    for key in ("recompute", "compile"):
+        if getattr(p, key) and not blocks_of(model):
+            raise ConfigError(f"pretrain.{key}: is done to each Transformer block, and {p.model.name} has none (allowed: false)")
 
 
 def made_by(configs: Sequence[Config]) -> frozenset[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.checkpoint.commit import Checkpoints, Commit
-from pipeline.checkpoint.fragments import BUFFER, WEIGHT, Fragment, Index
+from pipeline.checkpoint.fragments import OF_MODEL, Fragment, Index
 from pipeline.checkpoint.model import find_card, is_run, read_shapes, split_url
 from pipeline.checkpoint.read import read_into
 from pipeline.core.errors import CheckpointError, NoSuchRun
@@ -69,7 +69,8 @@ class _Reader:
         self.checkpoints, self.commit = checkpoints, commit
         self.shapes = read_shapes(checkpoints, commit)
         self._indices = [_of_model(index) for index in checkpoints.indices(commit)]
-        self._kinds = {p.name: (p.key, p.torch_dtype) for index in self._indices for p in index.pieces}
+        pieces = sorted((p for index in self._indices for p in index.pieces), key=lambda p: -OF_MODEL.index(p.key))
+        self._kinds = {p.name: (p.key, p.torch_dtype) for p in pieces}  # the average comes last, and so stays
 
     def __call__(self, rows: Sequence[Rows]) -> list[torch.Tensor]:
         """Raises CheckpointError where some are missing or damaged."""
@@ -89,7 +90,7 @@ class _Reader:
 
 def _of_model(index: Index) -> Index:
     """Without what is of the optimiser."""
-    return Index(index.file, index.size, index.block, index.blocks, [p for p in index.pieces if p.key in (WEIGHT, BUFFER)])
+    return Index(index.file, index.size, index.block, index.blocks, [p for p in index.pieces if p.key in OF_MODEL])
 
 
 def _where(checkpoints: Checkpoints, commit: Commit) -> str:

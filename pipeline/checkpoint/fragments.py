@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-WEIGHT, BUFFER = "weight", "buffer"  # keys: parameters in fp32, and what a model's state holds beside them
+WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"  # keys: parameters in fp32, their average; what a model's state holds beside them
+OF_MODEL = (AVERAGE, WEIGHT, BUFFER)  # what a model is made of: the first of these that there is of a name
 BLOCK = 4 << 20  # bytes; what is hashed, and so fetched, as one
 _HEADER_UNIT = 64  # bytes that the header's length is a multiple of
 _NAMES = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.checkpoint.commit import STATE, Checkpoints, Commit
-from pipeline.checkpoint.fragments import BUFFER, WEIGHT, Fragment
+from pipeline.checkpoint.fragments import OF_MODEL, Fragment
 from pipeline.checkpoint.read import read_into
 from pipeline.core.errors import CheckpointError, NoSuchRun
 from pipeline.core.progress import say
@@ -101,7 +101,8 @@ def _read_card(checkpoints: Checkpoints, commit: Commit) -> ModelCard:
 
 
 def read_weights(checkpoints: Checkpoints, commit: Commit, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-    """The fp32 parameters and the buffers of a checkpoint, put together from all ranks' parts: all, or those of `names`.
+    """The fp32 parameters and the buffers of a checkpoint, put together from all ranks' parts: all, or those of `names`. Where the run
+    keeps an average of the parameters, that is what its model is.
 
     Raises:
         CheckpointError: something is missing or damaged.
@@ -111,8 +112,8 @@ def read_weights(checkpoints: Checkpoints, commit: Commit, names: Collection[str
     dtypes = {(p.key, p.name): p.torch_dtype for index in indices for p in index.pieces}
     wanted = []
     for name, shape in shapes.items():
-        key = WEIGHT if (WEIGHT, name) in dtypes else BUFFER
-        if (key, name) not in dtypes:
+        key = next((key for key in OF_MODEL if (key, name) in dtypes), None)
+        if key is None:
             raise CheckpointError(f"checkpoint {checkpoints.directory.url}/{commit.prefix}: holds no {name}")
         wanted.append(Fragment(key, name, 0, torch.empty(math.prod(shape), dtype=dtypes[key, name])))
     read_into(checkpoints, commit, indices, wanted)

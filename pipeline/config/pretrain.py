@@ -117,13 +117,24 @@ class Start(Section):
 
 
 class Optimizer(Section):
+    """Biases, gains and what the model names (tokens, positions) are not decayed."""
+
     name: str = "adamw"
     lr: Positive = 1e-3
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="of adafactor: the momentum, and the largest decay of the second moment")
     eps: Positive = 1e-8
-    momentum: Fraction = 0.9
+    momentum: Fraction = Field(0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    head_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="of the classifier; default: as all others'")
+    undecayed: tuple[str, ...] = Field((), description="patterns of names of further parameters that weight decay leaves alone")
+    layer_decay: Part | None = Field(None, description="each layer learns by this times the rate of the one above it")
     clip: Positive | None = Field(None, description="largest norm of the whole gradient")
+
+
+class Average(Section):
+    """A moving average of the parameters, kept beside them (Polyak averaging); a run that has one is evaluated and exported by it."""
+
+    decay: Decay = 0.9999
 
 
 class Schedule(Section):
@@ -146,12 +157,20 @@ class Zero(Section):
     """What the ranks share among them (Rajbhandari et al. 2020): nothing; the optimiser's state; gradients too; parameters too."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "optimizer"] = Field("none", description="keeps the optimiser's state, and its step, in the host's memory")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="keeps the optimiser's state, and its step, in the host's memory; all: the parameters as well (stage 3)"
+    )
+    hpz: Count = Field(
+        1, description="hierarchical partitioning of stage 3 (ZeRO++): so many neighbouring ranks, those of a node, hold all parameters too"
+    )
 
     @model_validator(mode="after")
     def _offloads_what_is_shared(self) -> Zero:
         if self.offload != "none" and self.stage == 0:
             raise ValueError(f"offload: {self.offload!r} needs a stage of 1, 2 or 3")
+        for key, is_given in (("offload: all", self.offload == "all"), (f"hpz: {self.hpz}", self.hpz > 1)):
+            if is_given and self.stage != 3:
+                raise ValueError(f"{key}: needs stage 3, which shares the parameters; this is stage {self.stage}")
         return self
 
 
@@ -199,8 +218,12 @@ class Pretrain(Section):
     duration: Span
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    average: Average | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    recompute: Flag = Field(False, description="keep of each block its input alone, and compute it once more on the way back")
+    compile: Flag = Field(False, description="have torch compile each block, at the first step")
     zero: Zero = Zero()
+    deepspeed: dict[str, Any] = Field({}, description="further keys of DeepSpeed's own configuration, as they are")
     save: Save = Save()
     # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
     validation: Validate | None = Field(None, alias="validate")

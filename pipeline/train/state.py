@@ -5,7 +5,8 @@ optimiser's tensors, as views of DeepSpeed's own memory.
     stages 1, 2    the parameters of a group lie end to end in a flat tensor, of which rank r holds the r-th part
     stage 3        rank r holds the numbers [r n, (r + 1) n) of each flattened parameter, n = ceil(numel / ranks)
 
-What is not element-wise (the optimiser's count of steps) is a few numbers, named apart in `scalars`.
+What is not element-wise is named apart: the optimiser's count of steps in `scalars`; a factored second moment as fragments of its own,
+which every rank has whole and saves a share of.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.checkpoint.fragments import BUFFER, WEIGHT, Fragment, own_share
+from pipeline.checkpoint.fragments import AVERAGE, BUFFER, WEIGHT, Fragment, own_share
 from pipeline.core.world import World
+from pipeline.train.layout import Layout, Slice, Whole
+from pipeline.train.optimizers import Extra, ShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class State:
         self.base: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
         self.parts = list({0: self._parts_0, 1: self._parts_12, 2: self._parts_12, 3: self._parts_3}[stage]())
         self._make_optimizer_state()
+        if isinstance(self.base, ShardedOptimizer):
+            self.base.bind(self.layouts())
+        self.averages: dict[torch.Tensor, torch.Tensor] = {}  # of each flat tensor, where one is kept
         self._shares: list[Fragment] = []
         self._where: list[int] = []  # the memory of each tensor that `_shares` are views of
 
@@ -72,6 +78,41 @@ class State:
             if own > 0:
                 yield Part(name, start, own, zero.fp32_partitioned_groups_flat[group], offset)
 
+    def layouts(self) -> dict[torch.Tensor, Layout]:
+        """How each flat tensor is made of parameters."""
+        places: dict[torch.Tensor, list[Part]] = {}
+        for part in self.parts:
+            places.setdefault(part.flat, []).append(part)
+        found = {}
+        for flat, members in self._members():
+            wholes = [Whole(self.names[p], tuple(getattr(p, "ds_shape", p.shape))) for p in members]
+            index = {whole.name: i for i, whole in enumerate(wholes)}
+            slices = [Slice(index[part.name], part.start, part.numel, part.offset) for part in places.get(flat, [])]
+            found[flat] = Layout(wholes, slices, is_shared=self.stage > 0)
+        return found
+
+    def _members(self) -> Iterator[tuple[torch.Tensor, list[nn.Parameter]]]:
+        """Each flat tensor, and the parameters that all ranks' together are made of, in an order that all ranks have."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            yield from ((parameter, [parameter]) for parameter in self.names)
+        elif self.stage < 3:
+            yield from zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+        else:
+            groups: dict[int, list[nn.Parameter]] = {}
+            for parameter in self.names:
+                groups.setdefault(zero.grad_position[zero.get_param_id(parameter)][0], []).append(parameter)
+            yield from ((flat, groups.get(i, [])) for i, flat in enumerate(zero.fp32_partitioned_groups_flat))
+
+    def start_average(self) -> None:
+        """Keep an average of the parameters too, which begins as they are."""
+        self.averages = {flat: flat.detach().clone() for flat in self._flats()}
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        for flat, average in self.averages.items():
+            average.lerp_(flat.detach(), 1 - decay)
+
     def _make_optimizer_state(self) -> None:
         """Make what the optimiser makes at its first step, where it is not there: all zeros, as it would begin."""
         for flat in self._flats():
@@ -98,10 +139,21 @@ class State:
         found = []
         for part in self.parts:
             tensors = {WEIGHT: part.flat, **self._elementwise(part.flat)}
+            if part.flat in self.averages:
+                tensors[AVERAGE] = self.averages[part.flat]
             for key, tensor in tensors.items():
                 numbers = tensor.detach().view(-1)[part.offset : part.offset + part.numel]
                 found.append(Fragment(key, part.name, part.start, numbers))
-        return found
+        return found + [Fragment(e.key, e.name, e.start, e.tensor) for e in self._extras() if e.start is not None]
+
+    def replicated(self) -> list[Fragment]:
+        """What every rank holds whole."""
+        if self.stage == 0:
+            return self.held() + [Fragment(e.key, e.name, 0, e.tensor) for e in self._extras() if e.start is None]
+        return [Fragment(e.key, e.name, 0, e.tensor) for e in self._extras() if e.start is None]
+
+    def _extras(self) -> list[Extra]:
+        return [each for flat in self._flats() for each in self.base.extras(flat)] if isinstance(self.base, ShardedOptimizer) else []
 
     def owned(self) -> list[Fragment]:
         """What this rank saves, and reads again: what it holds, or its share where all hold the same; rank 0 the buffers as well.
@@ -114,11 +166,8 @@ class State:
         return self._shares + (self._buffers() if self.world.is_main else [])
 
     def _look_up(self) -> list[Fragment]:
-        held = self.held()
-        if self.stage > 0:
-            return held
-        shares = (own_share(f.key, f.name, f.tensor, self.world.rank, self.world.size) for f in held)
-        return [share for share in shares if share is not None]
+        shares = (own_share(f.key, f.name, f.tensor, self.world.rank, self.world.size) for f in self.replicated())
+        return (self.held() if self.stage > 0 else []) + [share for share in shares if share is not None]
 
     def _buffers(self) -> list[Fragment]:
         persistent = _persistent_names(self.engine.module)
@@ -155,11 +204,10 @@ class State:
     def spread(self) -> None:
         """Bring what was written into the fragments to where else it is kept: to other ranks, and into 16 bits. All ranks together."""
         zero = self.engine.optimizer
-        if self.stage == 0:
-            self._exchange_shares()
-        elif self.stage < 3:
+        self._exchange_shares()
+        if self.stage in (1, 2):
             zero.update_lp_params()
-        else:
+        elif self.stage == 3:
             if zero.persistent_parameters:  # kept whole on every rank: give up the old ones
                 zero.persistent_parameters[0].partition(zero.persistent_parameters)
             for group in range(len(zero.fp32_partitioned_groups_flat)):
@@ -174,7 +222,7 @@ class State:
         """Each rank has read its share of what all hold."""
         if self.world.size == 1:
             return
-        for f in self.held():
+        for f in self.replicated():
             for rank in range(self.world.size):
                 share = own_share(f.key, f.name, f.tensor, rank, self.world.size)
                 if share is not None:

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
 from pipeline.checkpoint.fragments import Fragment
 from pipeline.config.pretrain import Pretrain
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, choose
 from pipeline.core.world import World
 from pipeline.models import Model
+from pipeline.train.settings import WHERE, check_raw, settings, stage_of
 from pipeline.train.state import State
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
@@ -84,6 +86,27 @@ def check_precision(precision: str) -> None:
         raise ConfigError("pretrain.precision: 'fp16' needs a GPU (allowed on a CPU: bf16, fp32)")
 
 
+def check_deepspeed(config: Pretrain) -> None:
+    """Raises ConfigError for what `pretrain.deepspeed` passes on and DeepSpeed would not take."""
+    if not config.deepspeed:
+        return
+    check_raw(config.deepspeed)
+    _import_deepspeed()
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    merged = settings(config, 1, 1)
+    for key, kind in {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}.items():
+        try:
+            kind(**merged[key])
+        except ValidationError as e:
+            first = e.errors()[0]
+            name = ".".join(str(part) for part in (key, *first["loc"]))
+            if first["type"] != "extra_forbidden":
+                raise ConfigError(f"{WHERE}.{name}: {first['input']!r} is not taken by DeepSpeed ({first['msg']})") from None
+            choose(f"{WHERE}.{key}", str(first["loc"][0]), [field.alias or each for each, field in kind.model_fields.items()])
+
+
 class Engine:
     """One rank's model under ZeRO. `rounds` micro-batches make a step; calls of all ranks must match."""
 
@@ -97,28 +120,15 @@ class Engine:
             scalar = model.get_parameter(name)
             scalar.data = scalar.data.view(1)
         self._limits = [(parameter, *model.limits[name]) for name, parameter in model.named_parameters() if name in model.limits]
-        # In 16 bits DeepSpeed's stage 0 takes a step of its own before the first (it decays weights and counts in Adam's
-        # bias correction), and does not give out fp32 weights. Stage 1 sends as many bytes and does neither.
-        stage = config.zero.stage if self.dtype == torch.float32 else max(1, config.zero.stage)
-        settings = {
-            "train_micro_batch_size_per_gpu": config.micro_batch,
-            "gradient_accumulation_steps": rounds,
-            "train_batch_size": config.micro_batch * rounds * world.size,
-            "zero_optimization": {
-                "stage": stage,
-                **({"offload_optimizer": {"device": "cpu"}} if config.zero.offload == "optimizer" else {}),
-            },
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": config.optimizer.clip or 0.0,
-            "bf16": {"enabled": config.precision == "bf16"},
-            "fp16": {"enabled": config.precision == "fp16"},
-            "steps_per_print": 10**12,
-            "wall_clock_breakdown": False,
-        }
         with contextlib.redirect_stdout(sys.stderr):
-            self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
-        self.state = State(self.engine, stage, world)
+            self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(
+                model=model, optimizer=optimizer, config=settings(config, rounds, world.size)
+            )
+        self.state = State(self.engine, stage_of(config), world)
+        self._decay = config.average.decay if config.average else None
+        self.updates = 0  # that changed the parameters, ever
+        if config.average:
+            self.state.start_average()
 
     @property
     def module(self) -> nn.Module:
@@ -127,7 +137,7 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks."""
@@ -144,6 +154,15 @@ class Engine:
             self.skipped = self.skipped + 1 if self.engine.skipped_steps > before else 0
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
+            if not self.skipped:
+                self._average()
+
+    def _average(self) -> None:
+        """Polyak averaging; over the first updates a shorter memory, so that where they begin is soon forgotten (as TensorFlow's
+        ExponentialMovingAverage with num_updates)."""
+        self.updates += 1
+        if self._decay is not None:
+            self.state.average(min(self._decay, (1 + self.updates) / (10 + self.updates)))
 
     def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
         """In all the forms that ZeRO keeps: the parameter or this rank's part of it, and the fp32 values behind that."""
@@ -171,6 +190,7 @@ class Engine:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None) if self.dtype == torch.float16 else None
         return {
             "optimizer": self.state.scalars,
+            "updates": self.updates,
             "scaler": {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)},
             "shapes": {name: [] if name in self._scalars else shape for name, shape in self.state.shapes.items()},
         }
@@ -178,6 +198,7 @@ class Engine:
     def restored(self, numbers: dict[str, Any]) -> None:
         """To be called by all ranks after each has written its `fragments`: brings the state to wherever else it is kept."""
         self.state.set_scalars(numbers["optimizer"])
+        self.updates = numbers["updates"]
         self.state.spread()
         for key, value in numbers["scaler"].items():
             setattr(self.engine.optimizer.loss_scaler, key, value)

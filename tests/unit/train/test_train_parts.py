@@ -21,7 +21,7 @@ from pipeline.core.world import World
 from pipeline.models import create
 from pipeline.stream import open_stream
 from pipeline.train.job import choose_workers
-from pipeline.train.optim import OPTIMIZERS, build_optimizer, decay_groups
+from pipeline.train.optim import OPTIMIZERS, build_optimizer, parameter_groups
 from pipeline.train.schedule import SCHEDULES, factor
 from pipeline.train.speed import Clock
 from pipeline.train.zero import _hidden, check_precision
@@ -52,7 +52,7 @@ def test_schedules_without_warmup_and_of_one_step(name: str) -> None:
 def test_what_decays() -> None:
     model = create("vit", width=16, depth=1, heads=2, patch=4, pixels=8, classes=3)
     names = {id(p): n for n, p in model.named_parameters()}
-    decay, keep = decay_groups(model, 0.3)
+    decay, keep = parameter_groups(model, Optimizer(weight_decay=0.3))
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
     assert {names[id(p)] for p in decay["params"]} == {
         "patch_embed.proj.weight", "head.weight", *(f"blocks.0.{m}.weight" for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
@@ -72,9 +72,9 @@ def test_what_does_not_decay_of_other_models() -> None:
         (create("igpt", width=16, depth=1, heads=2, pixels=4), {"wte.weight", "wpe.weight"}),
     ):
         names = {id(p): n for n, p in model.named_parameters() if p.ndim > 1}
-        left = {names[id(p)] for p in decay_groups(model, 0.3)[1]["params"] if id(p) in names}
+        left = {names[id(p)] for p in parameter_groups(model, Optimizer(weight_decay=0.3))[1]["params"] if id(p) in names}
         assert kept <= left
-        decayed = {names[id(p)] for p in decay_groups(model, 0.3)[0]["params"]}
+        decayed = {names[id(p)] for p in parameter_groups(model, Optimizer(weight_decay=0.3))[0]["params"]}
         assert all(n.endswith((".weight", "pos_embed")) for n in decayed), "CLIP decays its positions, as its paper says"
 
 
@@ -82,10 +82,38 @@ def test_what_does_not_decay_of_other_models() -> None:
 def test_optimizers(name: str) -> None:
     config = Optimizer(name=name, lr=0.1, betas=(0.8, 0.95), eps=1e-5, momentum=0.7, weight_decay=0.2)
     optimizer = build_optimizer(create("vit", width=16, depth=1, heads=2, patch=4, pixels=8, classes=3), config)
-    assert type(optimizer).__name__.lower() == name
+    assert type(optimizer).__name__.lower() == name.replace("-", "")
     first = optimizer.param_groups[0]
     assert (first["lr"], first["weight_decay"]) == (0.1, 0.2) and optimizer.param_groups[1]["weight_decay"] == 0
-    assert first["momentum"] == 0.7 if name == "sgd" else (first["betas"], first["eps"]) == ((0.8, 0.95), 1e-5)
+    expected = (
+        {"momentum": 0.7} if name == "sgd" else {"betas": (0.8, 0.95)} if name == "adafactor" else {"betas": (0.8, 0.95), "eps": 1e-5}
+    )
+    assert {key: first[key] for key in expected} == expected
+
+
+def test_layers_learn_at_rates_of_their_own() -> None:
+    """BEiT's layer-wise decay: the head at the whole rate, each block below the next one's at half of it, what comes before them last."""
+    model = create("vit", width=16, depth=2, heads=2, patch=4, pixels=8, classes=3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = parameter_groups(model, Optimizer(weight_decay=0.3, head_weight_decay=3.0, layer_decay=0.5, undecayed=("*mlp*",)))
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert (scales["head.weight"], scales["norm.weight"], scales["blocks.1.mlp.fc1.bias"]) == (1, 1, 0.5)
+    assert (scales["blocks.0.attn.qkv.weight"], scales["patch_embed.proj.weight"], scales["cls_token"]) == (0.25, 0.125, 0.125)
+    decays = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert (decays["head.weight"], decays["blocks.0.mlp.fc1.weight"], decays["blocks.0.attn.qkv.weight"]) == (3.0, 0, 0.3)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_layers_of_two_towers() -> None:
+    tower = {"width": 16, "depth": 3, "heads": 2}
+    model = create(
+        "clip", embed=8, vision={"kind": "vit", "patch": 4, **tower}, text={"kind": "transformer", **tower, "depth": 1}, pixels=8
+    )
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = parameter_groups(model, Optimizer(layer_decay=0.5))
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert (scales["visual.blocks.0.norm1.bias"], scales["visual.patch_embed.proj.weight"]) == (1 / 8, 1 / 16)
+    assert (scales["text.blocks.0.norm1.bias"], scales["text.token_embed.weight"], scales["logit_scale"]) == (1 / 2, 1 / 4, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])

@@ -39,6 +39,13 @@ class Workshop:
         }  # fmt: skip
         (root / "config.yaml").write_text(yaml.safe_dump(config))
 
+    def change(self, **values: Any) -> None:
+        """Other values of the section `pretrain`, for all jobs; None takes one away."""
+        path = self.root / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        config["pretrain"] = {key: value for key, value in (config["pretrain"] | values).items() if value is not None}
+        path.write_text(yaml.safe_dump(config))
+
     def job(self, name: str, *overrides: str) -> dict[str, Any]:
         return {"config": str(self.root / "config.yaml"), "overrides": [f"name={name}", *overrides]}
 
@@ -48,7 +55,7 @@ class Workshop:
         self.start(world_size, [str(Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")])
         return [r["error"] for r in json.loads((self.root / "results.json").read_text())]
 
-    def start(self, world_size: int, arguments: list[str]) -> str:
+    def start(self, world_size: int, arguments: list[str], seconds: int = 300) -> str:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -63,7 +70,7 @@ class Workshop:
             env=env,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=seconds,
         )
         assert done.returncode == 0, done.stderr[-5000:]
         return done.stderr

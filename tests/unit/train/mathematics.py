@@ -1,0 +1,155 @@
+"""Trains small models of each family at every ZeRO stage in one process group, the loop's own parts and nothing beside them:
+
+    torchrun --nproc-per-node W mathematics.py CONFIG RESULTS.json
+
+Results, by family and stage: the losses of 20 steps; and of the contrastive losses the gradient of one step, by parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import claim_run
+from pipeline.checkpoint.fragments import AVERAGE, WEIGHT
+from pipeline.config import Config, load_config
+from pipeline.core.world import World
+from pipeline.models import build
+from pipeline.objectives import build_objective
+from pipeline.stream import open_collection, open_stream
+from pipeline.train.accumulate import accumulate, mean_over_ranks
+from pipeline.train.inputs import open_inputs, options_of, prepare_inputs
+from pipeline.train.optim import build_optimizer
+from pipeline.train.speed import Clock
+from pipeline.train.worker import use_cores
+from pipeline.train.zero import Engine, join_group
+
+STEPS = 20
+VISION, TEXT = "{kind: vit, width: 16, depth: 1, heads: 2, patch: 4, drop_path: 0.2}", "{kind: transformer, width: 16, depth: 1, heads: 2}"
+CAPTIONS = "pretrain.text={size: 520, length: 8}"
+CLIP = f"pretrain.model={{name: clip, embed: 8, vision: {VISION}, text: {TEXT}}}"
+FAMILIES = {
+    "vit": ["pretrain.model={name: vit, width: 16, depth: 2, heads: 2, patch: 4, dropout: 0.1}", "pretrain.objective=classify"],
+    "igpt": ["pretrain.model={name: igpt, width: 16, depth: 1, heads: 2}", "pretrain.objective=next-pixel", "pretrain.palette=three-bit"],
+    "clip": [CLIP, "pretrain.objective=contrastive", CAPTIONS],
+}
+EXACT = {
+    "softmax": [CLIP.replace("0.2", "0.0"), "pretrain.objective=contrastive", CAPTIONS],
+    "sigmoid": [CLIP.replace("0.2", "0.0"), "pretrain.objective=sigmoid-contrastive", CAPTIONS],
+}  # without dropout, so that any micro-batch gives the same
+FACTORED = ["pretrain.model={name: vit, width: 32, depth: 2, heads: 2, patch: 4, dropout: 0.1}"]
+IN_3 = (3,)
+# What else must not change the mathematics: overrides, at which stages, with how many ranks.
+VARIANTS = {
+    "adafactor": ([*FACTORED, "pretrain.optimizer={name: adafactor, lr: 1e-3, weight_decay: 0.1, layer_decay: 0.8, clip: 1.0}"], (0, 1, 2, 3), (1, 2, 3)),
+    "stable": ([*FACTORED, "pretrain.optimizer={name: stable-adamw, lr: 1e-3, weight_decay: 0.1, head_weight_decay: 0.3}"], (0, 1, 2, 3), (1, 2, 3)),
+    "average": ([*FAMILIES["vit"], "pretrain.average={decay: 0.9}", "pretrain.optimizer={name: sgd, lr: 0.1}"], (0, 1, 2, 3), (1, 2, 3)),
+    "recompute": ([*FAMILIES["clip"], "pretrain.recompute=true"], (0, 2, 3), (1, 2)),
+    "again": ([*FAMILIES["igpt"], "pretrain.recompute=true"], (0, 3), (1, 2)),
+    "offload": ([*FAMILIES["vit"], "pretrain.zero={stage: 1, offload: optimizer}"], (1, 2, 3), (1, 2)),
+    "all": ([*FAMILIES["vit"], "pretrain.zero={stage: 3, offload: all}"], IN_3, (1, 2)),
+    "hpz": ([*FAMILIES["vit"], "pretrain.zero={stage: 3, hpz: 2}"], IN_3, (2, 4)),
+}  # fmt: skip
+RESNET = "{kind: resnet, depths: [1, 1, 1, 1], width: 8}"
+STATISTICS = [  # an image tower with BatchNorm
+    f"pretrain.model={{name: clip, embed: 8, vision: {RESNET}, text: {TEXT}}}", "pretrain.objective=contrastive", CAPTIONS,
+    "pretrain.image={pixels: 32, enlarge: true}",
+]  # fmt: skip
+FEW = 6  # steps of these
+
+
+@dataclass
+class Parts:
+    """What the loop works with."""
+
+    config: Config
+    world: World
+    stage: int
+
+    def __post_init__(self) -> None:
+        run, p = claim_run(self.config), self.config.pretrain
+        assert p is not None
+        self.p = p.model_copy(update={"zero": p.zero.model_copy(update={"stage": self.stage})})
+        data = open_collection(run.data, p.split, None)
+        prepared = prepare_inputs(run, data, self.world)
+        model = build(p.model.name, options_of(p, len(data.classes), prepared), seed=1)
+        self.stream = open_stream(
+            data, global_batch=p.batch, micro_batch=p.micro_batch, rank=self.world.rank, world_size=self.world.size, workers=0, seed=3,
+            image=p.image, tokenizer=prepared.tokenizer, text_length=prepared.context,
+        )  # fmt: skip
+        self.engine = Engine(model, build_optimizer(model, p.optimizer), self.p, self.stream.rounds, self.world)
+        inputs = open_inputs(self.config, prepared, data.classes, self.engine.dtype, self.world.device)
+        self.objective = build_objective(p.objective.name, p.objective.arguments, inputs)
+        self.batches = iter(self.stream)
+
+    def step(self) -> float:
+        totals = accumulate(self.engine, self.objective, self.batches, self.stream, 3, Clock())
+        return mean_over_ranks(totals, self.stream.pieces, self.world)["loss"]
+
+    def weights(self, key: str = WEIGHT) -> dict[str, torch.Tensor]:
+        """All ranks' parts put together."""
+        own = [(f.name, f.start, f.tensor.clone()) for f in self.engine.fragments() if f.key == key]
+        shapes = self.engine.numbers()["shapes"]
+        whole = {name: torch.zeros(shape).flatten() for name, shape in shapes.items()}
+        for name, start, part in (each for rank in self.world.gather(own) for each in rank):
+            whole[name][start : start + part.numel()] = part
+        return whole
+
+    def go_on_from(self, other: Parts) -> None:
+        """Take over all ranks' state of `other`, which was cut up at another stage."""
+        own = [(f.key, f.name, f.start, f.tensor.clone()) for f in other.engine.fragments()]
+        pieces = [piece for rank in self.world.gather(own) for piece in rank]
+        with torch.no_grad():
+            for wanted in self.engine.fragments():
+                wanted.tensor.fill_(7)  # nothing stays as it was
+                for _, _, start, part in (p for p in pieces if p[:2] == (wanted.key, wanted.name)):
+                    first, last = max(start, wanted.start), min(start + part.numel(), wanted.stop)
+                    if first < last:
+                        wanted.tensor[first - wanted.start : last - wanted.start] = part[first - start : last - start]
+        self.engine.restored(other.engine.numbers())
+        self.stream.resume(other.stream.state())
+
+
+def main(config: str, results: str) -> None:
+    world = World.from_environment()
+    use_cores(2)
+    join_group(world)
+    found: dict[str, Any] = {}
+    for stage in range(4):
+        for family, overrides in FAMILIES.items():
+            parts = Parts(load_config(config, [f"name={family}", *overrides]), world, stage)
+            found[f"{family}{stage}"] = [parts.step() for _ in range(STEPS)]
+        for name, (overrides, stages, sizes) in VARIANTS.items():
+            if stage in stages and world.size in sizes:
+                parts = Parts(load_config(config, [f"name={name}", *overrides]), world, stage)
+                found[f"{name}{stage}"] = [parts.step() for _ in range(FEW)]
+                if name == "average":
+                    found[f"averages{stage}"] = {key: average.tolist() for key, average in parts.weights(AVERAGE).items()}
+        if world.size < 4:
+            overrides = ["name=moved", *VARIANTS["adafactor"][0], "pretrain.average={decay: 0.9}"]
+            before, after = (Parts(load_config(config, overrides), world, each) for each in (stage, (stage + 1) % 4))
+            losses = [before.step() for _ in range(FEW // 2)]
+            after.go_on_from(before)
+            found[f"moved{stage}"] = losses + [after.step() for _ in range(FEW // 2)]
+        for name, overrides in EXACT.items():
+            sgd = "pretrain.optimizer={name: sgd, lr: 1.0, clip: null, weight_decay: 0}"
+            for micro in (3, 24):
+                parts = Parts(load_config(config, [f"name={name}-{micro}", *overrides, sgd, f"pretrain.micro_batch={micro}"]), world, stage)
+                before = parts.weights()
+                loss = parts.step()
+                found[f"{name}{stage}-{micro}"] = [loss, {key: (w - before[key]).tolist() for key, w in parts.weights().items()}]
+    parts = Parts(load_config(config, ["name=statistics", *STATISTICS]), world, 0)
+    parts.step()
+    buffers = dict(parts.engine.engine.module.named_buffers())
+    found["statistics"] = {name: buffer.tolist() for name, buffer in buffers.items() if name.startswith("visual.bn1.")}
+    if world.is_main:
+        Path(results).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
