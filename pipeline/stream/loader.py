@@ -180,6 +180,11 @@ class Stream:
             except BadSample as e:
                 why = why or Replacement(position, dataset, number, number, e.shard, e.key, e.reason, e.detail)
                 continue
+            if source.classes and sample.label >= len(source.classes):
+                raise DataError(
+                    f"data {source.directory.url}: the label of sample {sample.key} is {sample.label}, and its manifest has "
+                    f"{len(source.classes)} classes (allowed: 0 to {len(source.classes) - 1}, -1 for none)"
+                )
             try:
                 random = Random(self.seed, dataset, epoch, candidate, copy)
                 training_view(sample.image, self.image, random, out, source.manifest.decoded)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -299,3 +300,12 @@ def test_from_an_object_store(s3: tuple[str, Callable[[], str]], make_dataset: M
     assert all(same(a, b) for a, b in zip(made, local, strict=True))
     made = take(stream(directory.url, workers=2, endpoint=directory.endpoint, block=1), 2)
     assert all(same(a, b) for a, b in zip(made, alone, strict=False))
+
+
+def test_a_label_out_of_range_is_one_sentence(make_dataset: Maker, tmp_path: Path) -> None:
+    """Adopting and sharding leave none behind; a manifest that somebody changed may."""
+    make_dataset(Storage(str(tmp_path)), {"train": 20})
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": ["0", "1"]}))
+    with pytest.raises(DataError, match=r"the label of sample \w+ is 2, and its manifest has 2 classes \(allowed: 0 to 1, -1 for none\)"):
+        next(iter(open_stream(str(tmp_path), global_batch=20, micro_batch=20, size=8)))
