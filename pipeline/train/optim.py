@@ -18,16 +18,16 @@ _BLOCK = re.compile(r"^(.*?)blocks\.(\d+)\.")
 
 
 def _adamw(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
 def _adam(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
     """Adam with weight decay as L2 in the gradient; adamw decouples it."""
-    return torch.optim.Adam(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+    return torch.optim.Adam(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
 def _sgd(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
+    return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, fused=True)
 
 
 def _stable_adamw(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimizer:
@@ -38,7 +38,7 @@ def _adafactor(groups: list[dict[str, Any]], o: Optimizer) -> torch.optim.Optimi
     return Adafactor(groups, lr=o.lr, betas=o.betas)
 
 
-# torch's own classes or ours, never an optimiser named to DeepSpeed: that one would compile a kernel before the first step.
+# torch's own classes (fused: one pass over all tensors) or ours, never one named to DeepSpeed, which would compile a kernel first.
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer]] = {
     "adamw": _adamw, "adam": _adam, "sgd": _sgd, "stable-adamw": _stable_adamw, "adafactor": _adafactor,
 }  # fmt: skip

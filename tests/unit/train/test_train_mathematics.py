@@ -26,7 +26,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
     root = tmp_path_factory.mktemp("mathematics")
     make_dataset(Storage(str(root / "data")), {"train": 50})
     shop = Workshop(root)
-    shop.change(batch=24, micro_batch=4, validate=None, optimizer={"lr": 1e-3, "weight_decay": 0.1, "clip": 1.0})
+    shop.change(batch=12, micro_batch=4, validate=None, optimizer={"lr": 1e-3, "weight_decay": 0.1, "clip": 1.0})
     return shop
 
 
@@ -62,39 +62,37 @@ def test_so_it_is_with_other_optimisers_and_memory_in_other_places(found: Found,
 
 def test_factored_moments_move_to_another_stage(found: Found) -> None:
     """Saved after half of the steps, and read into an engine of the next stage."""
-    for size in (1, 2, 3):
-        for stage in range(4):
-            assert found[size][f"moved{stage}"] == pytest.approx(found[1]["adafactor0"], abs=1e-5), (size, stage)
+    for stage in range(4):
+        assert found[2][f"moved{stage}"] == pytest.approx(found[1]["adafactor0"], abs=1e-5), stage
 
 
 def test_the_average_is_the_same_everywhere(found: Found) -> None:
     one = found[1]["averages0"]
-    for size in (1, 2, 3):
-        for stage in range(4):
-            for key, average in found[size][f"averages{stage}"].items():
-                assert average == pytest.approx(one[key], abs=1e-5), (size, stage, key)
+    for stage in range(4):
+        for key, average in found[2][f"averages{stage}"].items():
+            assert average == pytest.approx(one[key], abs=1e-5), (stage, key)
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_the_contrastive_gradient_is_that_of_one_big_batch(shop: Workshop, found: Found, name: str) -> None:
     """Against autograd, which goes through all N x N logits at once, in fp32."""
-    parts = Parts(load_config(str(shop.root / "config.yaml"), [f"name={name}-24", *EXACT[name], "pretrain.micro_batch=24"]), World(), 0)
+    parts = Parts(load_config(str(shop.root / "config.yaml"), [f"name={name}-12", *EXACT[name], "pretrain.micro_batch=12"]), World(), 0)
     model = parts.engine.engine.module
     batch = next(parts.batches)
     images, texts, scale, *bias = model(parts.objective.inputs.images(batch), batch.tokens)
-    own = torch.arange(24)
+    own = torch.arange(12)
     if name == "softmax":
         logits = scale * images @ texts.T
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     else:
         logits = scale * images @ texts.T + bias[0]
-        loss = -F.logsigmoid((2 * torch.eye(24) - 1) * logits).sum() / 24
+        loss = -F.logsigmoid((2 * torch.eye(12) - 1) * logits).sum() / 12
     loss.backward()
     expected = {key: p.grad.flatten() for key, p in model.named_parameters()}
     largest = max(float(g.abs().max()) for g in expected.values())
     for size, results in found.items():
         for stage in range(4):
-            for micro in (3, 24):
+            for micro in (3, 12):
                 value, change = results[f"{name}{stage}-{micro}"]
                 assert value == pytest.approx(loss.item(), rel=1e-6), (size, stage, micro)
                 for key, gradient in expected.items():
@@ -105,11 +103,13 @@ def test_the_contrastive_gradient_is_that_of_one_big_batch(shop: Workshop, found
 def test_running_statistics_move_once(shop: Workshop, found: Found) -> None:
     """Of an image tower with BatchNorm, although each micro-batch passes through it twice."""
     one, two = found[1]["statistics"], found[2]["statistics"]
-    assert one["visual.bn1.num_batches_tracked"] == 6 and two["visual.bn1.num_batches_tracked"] == 3, "24 samples, 4 at a time"
+    assert one["visual.bn1.num_batches_tracked"] == 3 and two["visual.bn1.num_batches_tracked"] == 1, (
+        "three micro-batches; of two ranks the first has one"
+    )
     parts = Parts(load_config(str(shop.root / "config.yaml"), ["name=statistics", *STATISTICS]), World(), 0)
     tower = parts.engine.engine.module.visual
     with torch.no_grad():
-        for _ in range(6):
+        for _ in range(3):
             tower(parts.objective.inputs.images(next(parts.batches)))
     for name in ("running_mean", "running_var"):
         assert one[f"visual.bn1.{name}"] == pytest.approx(getattr(tower.bn1, name).tolist(), rel=1e-5), name
