@@ -205,6 +205,12 @@ class Pretrain(Section):
     # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
     validation: Validate | None = Field(None, alias="validate")
     log: Span = Field(units.Duration(10, "step"), description="how often metrics are recorded")
+    statistics: Span | None = Field(
+        None, description="how often norms of weights, gradients and updates are recorded by parameter; null: never"
+    )
+    peak: Positive | None = Field(
+        None, description="TFLOP/s that one device could do, of which MFU tells the part made use of; default: known GPUs' in 16 bits"
+    )
     loader: Loader = Loader()
     split: str = "train"
 

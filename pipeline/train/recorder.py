@@ -21,7 +21,7 @@ from pipeline.plan import Plan
 from pipeline.stream import Stream
 from pipeline.train.keeper import Keeper, Signals
 from pipeline.train.saving import State, encode, files, fragments
-from pipeline.train.speed import Row
+from pipeline.train.speed import Clock, Row
 from pipeline.train.zero import Engine
 
 
@@ -48,9 +48,11 @@ class Recorder:
         self.world, self.tracker, self.ledger = world, tracker, ledger
         self.history = [encode(row) for row in state.history] if state else []
         self.metrics: Row = dict(state.commit.metrics) if state else {}  # of the newest validation
+        self.clock = Clock(is_async=world.device.type == "cuda")
         first = state.commit.step if state else 0
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
-        self.keeper = Keeper(saver, self._snapshot, p.save, _steps_between(p, plan), signals, world, ledger.seen(), self._told)
+        every = _steps_between(p, plan)
+        self.keeper = Keeper(saver, self._snapshot, p.save, every, signals, world, ledger.seen(), self._told, self.clock)
         self.keeper.committed = first if state else None
 
     def record(self, row: Row) -> None:

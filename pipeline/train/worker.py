@@ -36,6 +36,7 @@ from pipeline.models.options import Options
 from pipeline.objectives import Facts, build_objective
 from pipeline.plan import make_plan
 from pipeline.stream import Collection, open_collection, open_dataset, open_stream
+from pipeline.train.communication import watching
 from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, prepare_inputs
 from pipeline.train.keeper import Regroup, Signals
 from pipeline.train.loop import train
@@ -115,6 +116,7 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
             if world.is_main:
                 beside.enter_context(hooks.progress)
                 beside.enter_context(Requests(run.directory, signals.events))
+            beside.enter_context(watching(hooks.clock))
             train(engine, objective, stream, held_out, p, plan, config.seed, world, first, hooks)
             hooks.finish()
     except Regroup:

@@ -22,6 +22,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.world import World
 from pipeline.models import Model
 from pipeline.train.state import State
+from pipeline.train.statistics import Statistics
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,6 +120,7 @@ class Engine:
         with contextlib.redirect_stdout(sys.stderr):
             self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
         self.state = State(self.engine, stage, world)
+        self.statistics = Statistics(self.state, world)
 
     @property
     def module(self) -> nn.Module:

@@ -17,7 +17,8 @@ from pipeline.core.storage import Storage
 
 STEPS = 6
 SEED = 20_260_101  # people use dates
-SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction")
+# What metrics begin with that differ from run to run by nature, or with the number of ranks.
+SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction", "time/", "slowest/", "communication/", "memory/")
 
 
 class Workshop:
@@ -73,7 +74,7 @@ class Workshop:
 
     def rows(self, name: str) -> list[dict[str, float]]:
         """The history without what differs from run to run by nature."""
-        return [{k: v for k, v in row.items() if k not in SPEED} for row in read_history(self.directory(name))]
+        return [{k: v for k, v in row.items() if not k.startswith(SPEED)} for row in read_history(self.directory(name))]
 
 
 def close(one: list[dict[str, float]], two: list[dict[str, float]], tolerance: float) -> bool:
