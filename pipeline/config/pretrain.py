@@ -182,9 +182,49 @@ class Save(Section):
         return self
 
 
+class Knn(Section):
+    """Accuracy of a vote of the nearest training images, by the cosine of the model's features; as the metric validate/knn."""
+
+    _plain_key = "data"
+
+    data: str | None = Field(None, description="a dataset with labels; default: the run's own")
+    train: str | None = Field(None, description="the split whose labels are known; default: pretrain.split")
+    test: str | None = Field(None, description="the split that is classified; default: pretrain.validate.split")
+    bank: Count = Field(10_000, description="images of known label, at most; their features are held by every rank")
+    samples: Count = Field(5_000, description="images that are classified, at most")
+    k: Count = 20
+    temperature: Positive = Field(0.07, description="a neighbour of cosine s counts exp(s / temperature)")
+
+
+class ZeroShot(Section):
+    """Accuracy of the class whose captions are nearest to an image; as the metric validate/zero_shot."""
+
+    _plain_key = "data"
+
+    data: str | None = Field(None, description="a dataset with labels; default: the run's own")
+    split: str | None = Field(None, description="default: pretrain.validate.split")
+    samples: Count = Field(5_000, description="images that are classified, at most")
+    templates: list[str] = Field(
+        ["a photo of a {}."], min_length=1, description="captions, each with {} where the class belongs; their mean is used"
+    )
+    class_names: list[str] | None = Field(None, description="what the classes are called, in their order; default: the dataset's names")
+
+    @field_validator("templates")
+    @classmethod
+    def _hold_a_class(cls, templates: list[str]) -> list[str]:
+        for template in templates:
+            if "{}" not in template:
+                raise ValueError(f"{template!r} has no {{}} for the class")
+        return templates
+
+
 class Validate(Section):
+    """The loss on held-out data, and accuracies on small tasks that need no training."""
+
     every: Span = units.Duration(1, "epoch")
     split: str = "test"
+    knn: Knn | None = None
+    zero_shot: ZeroShot | None = None
 
 
 class Pretrain(Section):

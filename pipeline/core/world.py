@@ -62,6 +62,17 @@ class World:
         dist.all_gather_object(box, value)
         return box
 
+    def rows(self, own: torch.Tensor) -> torch.Tensor:
+        """The rows (n_r, ..) of every rank's tensor in rank order, on every rank; n_r may differ, also be 0."""
+        if self.size == 1:
+            return own
+        counts = [int(count) for [count] in self.table([len(own)])]
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own
+        found = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(found, padded)
+        return torch.cat([each[:count] for each, count in zip(found, counts, strict=True)])
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

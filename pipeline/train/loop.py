@@ -10,12 +10,12 @@ from pipeline.core.errors import Diverged
 from pipeline.core.world import World
 from pipeline.objectives import Objective
 from pipeline.plan import Plan
-from pipeline.stream import Dataset, Stream
+from pipeline.stream import Stream
 from pipeline.train.accumulate import accumulate, mean_over_ranks
 from pipeline.train.device import Device
 from pipeline.train.schedule import factor
 from pipeline.train.speed import OTHER, VALIDATION, Clock, Row
-from pipeline.train.validate import validate
+from pipeline.train.validate import HeldOut, validate
 from pipeline.train.zero import Engine
 
 _SKIPS, _SKIPS_16 = 10, 100  # updates in a row that could not be made, after which none ever will be; fp16 finds its scale by such
@@ -37,7 +37,7 @@ def train(
     engine: Engine,
     objective: Objective,
     stream: Stream,
-    held_out: Dataset | None,
+    held_out: HeldOut | None,
     config: Pretrain,
     plan: Plan,
     seed: int,

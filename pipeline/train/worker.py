@@ -43,6 +43,8 @@ from pipeline.train.loop import train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.recorder import Recorder
 from pipeline.train.saving import fragments, on_main, restore, restore_from
+from pipeline.train.scores import open_scores
+from pipeline.train.validate import HeldOut
 from pipeline.train.zero import Engine, check_precision, join_group
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -68,7 +70,7 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
     join_group(world)
     endpoint = config.storage.endpoint
     data = open_collection(run.data, p.split, endpoint, block=p.loader.block, cache=p.loader.cache)
-    held_out = open_dataset(run.dataset_url, p.validation.split, endpoint, cache=p.loader.cache) if p.validation else None
+    held_out = _open_held_out(p, run.dataset_url, endpoint)
     check_captions(p, data)
     prepared = prepare_inputs(run, data, world)
     facts = _facts(run, data, prepared)
@@ -132,6 +134,13 @@ def _pretrain(run: Run) -> Pretrain:
     if run.config.pretrain is None:
         raise ConfigError("pretrain: is missing, and this is the training worker")
     return run.config.pretrain
+
+
+def _open_held_out(p: Pretrain, url: str, endpoint: str | None) -> HeldOut | None:
+    if p.validation is None:
+        return None
+    dataset = open_dataset(url, p.validation.split, endpoint, cache=p.loader.cache)
+    return HeldOut(dataset, open_scores(p, url, endpoint, p.loader.cache))
 
 
 def _facts(run: Run, data: Collection, prepared: Prepared) -> Facts:

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -126,6 +126,27 @@ class Engine:
     def module(self) -> nn.Module:
         """The model to call; gathers partitioned parameters where stage 3 keeps them apart."""
         return self.engine
+
+    @property
+    def model(self) -> Model:
+        """The model itself. What of it is called by another way than `module` finds no parameters at stage 3."""
+        return self.engine.module
+
+    @contextlib.contextmanager
+    def answering(self, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Inside, `module` does what `function`, a method of the model, does. For evaluation; at stage 3 all ranks together."""
+        model, gathered = self.engine.module, contextlib.nullcontext()
+        if self.stage == 3:
+            # Such a method may go past a tower's own `forward`, before which its tokens and positions would be gathered.
+            inner = [p for each in model.modules() if next(each.children(), None) is not None for p in each.parameters(recurse=False)]
+            apart = [p for p in inner if p.ds_status.name == "NOT_AVAILABLE"]
+            gathered = _import_deepspeed().zero.GatheredParameters(apart, enabled=bool(apart))
+        with gathered:
+            model.forward = function
+            try:
+                yield
+            finally:
+                del model.forward
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:

@@ -43,10 +43,12 @@ class Workshop:
     def job(self, name: str, *overrides: str) -> dict[str, Any]:
         return {"config": str(self.root / "config.yaml"), "overrides": [f"name={name}", *overrides]}
 
-    def train(self, world_size: int, jobs: list[dict[str, Any]]) -> list[list[str] | None]:
-        """The error of each job, or None."""
+    def train(self, world_size: int, jobs: list[dict[str, Any]], script: Path | None = None) -> list[list[str] | None]:
+        """The error of each job, or None; `script` stands in for drive.py."""
         (self.root / "jobs.json").write_text(json.dumps(jobs))
-        self.start(world_size, [str(Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")])
+        self.start(
+            world_size, [str(script or Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")]
+        )
         return [r["error"] for r in json.loads((self.root / "results.json").read_text())]
 
     def start(self, world_size: int, arguments: list[str]) -> str:
