@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Time
+from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Templates, Time
 from pipeline.core import units
 
 
@@ -204,18 +204,8 @@ class ZeroShot(Section):
     data: str | None = Field(None, description="a dataset with labels; default: the run's own")
     split: str | None = Field(None, description="default: pretrain.validate.split")
     samples: Count = Field(5_000, description="images that are classified, at most")
-    templates: list[str] = Field(
-        ["a photo of a {}."], min_length=1, description="captions, each with {} where the class belongs; their mean is used"
-    )
+    templates: Templates = Field(["a photo of a {}."], description="captions, each with {} where the class belongs; their mean is used")
     class_names: list[str] | None = Field(None, description="what the classes are called, in their order; default: the dataset's names")
-
-    @field_validator("templates")
-    @classmethod
-    def _hold_a_class(cls, templates: list[str]) -> list[str]:
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"{template!r} has no {{}} for the class")
-        return templates
 
 
 class Validate(Section):

@@ -137,7 +137,8 @@ class Engine:
         """Inside, `module` does what `function`, a method of the model, does. For evaluation; at stage 3 all ranks together."""
         model, gathered = self.engine.module, contextlib.nullcontext()
         if self.stage == 3:
-            # Such a method may go past a tower's own `forward`, before which its tokens and positions would be gathered.
+            # Such a method may go past a tower's own `forward`, before which its tokens and positions would be gathered; DeepSpeed would
+            # see that and from then on gather them before every step, too.
             inner = [p for each in model.modules() if next(each.children(), None) is not None for p in each.parameters(recurse=False)]
             apart = [p for p in inner if p.ds_status.name == "NOT_AVAILABLE"]
             gathered = _import_deepspeed().zero.GatheredParameters(apart, enabled=bool(apart))

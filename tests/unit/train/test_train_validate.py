@@ -75,6 +75,8 @@ GATHERED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
+from pipeline.train.zero import _import_deepspeed
+_import_deepspeed()
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 DeepSpeedZeroConfig.model_fields["param_persistence_threshold"].default = 0
 DeepSpeedZeroConfig.model_rebuild(force=True)
@@ -100,8 +102,8 @@ def trained(shop: Workshop) -> Workshop:
         shop.job("clip", *CLIP, NEIGHBOURS, ZERO_SHOT),
     ]
     assert not any(shop.train(1, alone))
-    pair = [shop.job(f"vit{n}", NEIGHBOURS, f"pretrain.zero.stage={n}") for n in range(4)]
-    pair += [shop.job(f"clip{n}", *CLIP, NEIGHBOURS, ZERO_SHOT, f"pretrain.zero.stage={n}") for n in range(4)]
+    pair = [shop.job(f"vit{n}", NEIGHBOURS, f"pretrain.zero.stage={n}") for n in (1, 3)]
+    pair += [shop.job(f"clip{n}", *CLIP, NEIGHBOURS, ZERO_SHOT, f"pretrain.zero.stage={n}") for n in (0, 2, 3)]
     pair += [shop.job("igpt3", *IGPT, NEIGHBOURS, "pretrain.zero.stage=3")]
     assert not any(shop.train(2, pair))
     script = shop.root / "gathered.py"
@@ -144,7 +146,7 @@ def test_zero_shot_is_that_of_the_saved_model(trained: Workshop) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [f"{family}{n}" for family in ("vit", "clip") for n in (*range(4), "-gathered")] + ["igpt3"])
+@pytest.mark.parametrize("name", ["vit1", "vit3", "vit-gathered", "clip0", "clip2", "clip3", "clip-gathered", "igpt3"])
 def test_they_are_the_same_at_every_stage_and_number_of_ranks(trained: Workshop, name: str) -> None:
     ours, theirs = trained.rows(name), trained.rows(name.removesuffix("-gathered").rstrip("0123"))
     for rows in (ours, theirs):
@@ -190,5 +192,5 @@ def test_what_cannot_be_scored_is_refused(shop: Workshop, make_dataset: Callable
     refused(resources, "pretrain.validate.knn: needs labels of two classes or more, and the dataset at .*bare has 1", validate=bare)
     check_config(config(shop.root, validate={"knn": {}}, save={"best": {"metric": "validate/knn", "higher": True}}))
     check_resources(config(shop.root, validate={"knn": {}}), write=False)
-    with pytest.raises(ConfigError, match=r"pretrain.validate.zero_shot.templates: 'a cat' has no {} for the class"):
+    with pytest.raises(ConfigError, match=r"pretrain.validate.zero_shot.templates.*'a cat' should hold {} once"):
         config(shop.root, validate={"zero_shot": {"templates": ["a cat"]}})
