@@ -217,6 +217,14 @@ class Validate(Section):
     zero_shot: ZeroShot | None = None
 
 
+class Profile(Section):
+    """A trace of a few steps by torch's profiler, in profile/ of the run directory."""
+
+    steps: Count = 3
+    after: Count = Field(10, description="steps of the job before the first that is traced: they are slower than those to come")
+    ranks: Literal["first", "all"] = "first"
+
+
 class Pretrain(Section):
     model: ModelSection
     objective: Objective = Objective(name="classify")
@@ -241,6 +249,7 @@ class Pretrain(Section):
     peak: Positive | None = Field(
         None, description="TFLOP/s that one device could do, of which MFU tells the part made use of; default: known GPUs' in 16 bits"
     )
+    profile: Profile | None = Field(None, description="`{}` traces steps 11 to 13 of each job")
     loader: Loader = Loader()
     split: str = "train"
 

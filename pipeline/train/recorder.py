@@ -20,6 +20,7 @@ from pipeline.objectives import VALIDATION
 from pipeline.plan import Plan
 from pipeline.stream import Stream
 from pipeline.train.keeper import Keeper, Signals
+from pipeline.train.profile import Profiler
 from pipeline.train.saving import State, encode, files, fragments
 from pipeline.train.speed import Clock, Row
 from pipeline.train.zero import Engine
@@ -53,6 +54,7 @@ class Recorder:
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
         every = _steps_between(p, plan)
         self.keeper = Keeper(saver, self._snapshot, p.save, every, signals, world, ledger.seen(), self._told, self.clock)
+        self.profiler = Profiler(p.profile, first, run.directory, world)
         self.keeper.committed = first if state else None
 
     def record(self, row: Row) -> None:
@@ -69,10 +71,12 @@ class Recorder:
         self.ledger.step(step, waited, self.keeper.stalled)
         if self.world.is_main:
             self.progress.update(1)
+        self.profiler.after_step(step)
         self.keeper.after_step(step)
 
     def finish(self) -> None:
         """Have the last step committed."""
+        self.profiler.close()
         self.keeper.finish(self.plan.steps)
 
     def _snapshot(self, step: int) -> tuple[list[Fragment], Commit | None, Mapping[str, bytes]]:
