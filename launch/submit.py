@@ -32,6 +32,7 @@ from pipeline.core.storage import Storage
 @click.option("--fresh", is_flag=True, help="Start anew where a run of this name exists: its checkpoints are removed.")
 @click.option("--plan", is_flag=True, help="Print what would happen; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --plan: as JSON.")
+@click.option("--profile", is_flag=True, help="Trace a few steps of pre-training, as pretrain.profile={} does.")
 @click.option("--schema", is_flag=True, help="Print the config's JSON schema, for editors.")
 def main(
     words: tuple[str, ...],
@@ -41,6 +42,7 @@ def main(
     fresh: bool,
     plan: bool,
     as_json: bool,
+    profile: bool,
     schema: bool,
 ) -> None:
     """Run CONFIG, or submit it to a cluster. CONFIG is a YAML file, or the URL of a run to go on with; several run one after the
@@ -55,6 +57,7 @@ def main(
     with exit_codes():
         try:
             files, overrides = split_words(words)
+            overrides = ["pretrain.profile={}", *overrides] if profile else overrides  # what is said of it comes after
             configs = [_load(file, list(overrides), local, address) for file in files]
             code = _run(configs, address, detach=detach, fresh=fresh, plan=plan, as_json=as_json)
         except KeyboardInterrupt:

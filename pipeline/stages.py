@@ -31,7 +31,7 @@ from pipeline.core.tracking import Tracker
 from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.results import Result
 from pipeline.evaluate.subject import check_subject
-from pipeline.evaluate.tasks import check_evaluate, find_tasks
+from pipeline.evaluate.tasks import check_evaluate, find_tasks, look_up
 from pipeline.models import Model, build
 from pipeline.models.blockwise import blocks_of
 from pipeline.objectives import Facts, check_best, check_mixing
@@ -46,6 +46,7 @@ from pipeline.train.job import pretrain
 from pipeline.train.keeper import Signals
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
+from pipeline.train.scores import check_data, check_scores, splits_of, wanted
 from pipeline.train.zero import check_deepspeed, check_precision
 
 TIMINGS = "timings.json"
@@ -68,7 +69,8 @@ def check_config(config: Config) -> None:
         _check_blocks(p, build(p.model.name, options_of(p, classes=2), device="meta"))
         check_mixing(p.objective.name, p.image)
         if p.save.best:
-            check_best(p.objective.name, p.save.best)
+            check_best(p.objective.name, p.save.best, wanted(p))
+        check_scores(p, has_many=len(config.data or []) > 1)
         choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
         check_deepspeed(p)
@@ -76,6 +78,9 @@ def check_config(config: Config) -> None:
             choose("pretrain.split", p.split, config.shard.splits)
             if p.validation:
                 choose("pretrain.validate.split", p.validation.split, config.shard.splits)
+            for path, url, split in splits_of(p):
+                if url is None:
+                    choose(path, split, config.shard.splits)
     check_evaluate(config)
 
 
@@ -112,6 +117,8 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         classes = data.classes
         check_captions(p, data)
     if p and is_to_run:
+        own = str(config.data[0].url) if config.data and not _data_urls(config) & coming else None
+        check_data(p, own, lambda url: look_up(url, endpoint))
         check_teacher(p, classes, endpoint)
     if p and is_to_run and (fresh or not Checkpoints(run_directory(config)).steps()):  # with checkpoints of its own a run needs no other
         named = named_inputs(p, endpoint, None if fresh else run_directory(config))

@@ -32,6 +32,9 @@ _FREE = (
     "pretrain.recompute",
     "pretrain.compile",
     "pretrain.deepspeed",
+    "pretrain.statistics",
+    "pretrain.profile",
+    "pretrain.peak",
     "pretrain.loader.workers",
     "pretrain.loader.bad",
     "pretrain.loader.cache",
@@ -39,7 +42,7 @@ _FREE = (
 )
 
 # What Tessera itself puts into a run directory; shards may be there before the run is, and stay after --fresh.
-_OWN = ("evaluation", "goodput", "palette.npy", "report", "requests", "timings.json", "tokenizer.json", "run.yaml")
+_OWN = ("evaluation", "goodput", "palette.npy", "profile", "report", "requests", "timings.json", "tokenizer.json", "run.yaml")
 _PARTS = (*_OWN, "checkpoints", "shards", "spool")
 PAGE = "report/index.html"
 

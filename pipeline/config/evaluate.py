@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from pipeline.config.section import Count, Positive, Section
+from pipeline.config.section import Count, Positive, Section, Templates
 
 
 class FineTune(Section):
@@ -29,20 +29,12 @@ class Suite(Section):
     data: str | None = None
     train: str = "train"
     test: str = "test"
-    templates: list[str] = Field(
-        ["a photo of a {}."], min_length=1, description="captions of zero-shot, each with {} where the class belongs; their mean is used"
+    templates: Templates = Field(
+        ["a photo of a {}."], description="captions of zero-shot, each with {} where the class belongs; their mean is used"
     )
     class_names: list[str] | None = Field(
         None, description="what zero-shot calls the classes, in their order; default: the dataset's names"
     )
-
-    @field_validator("templates")
-    @classmethod
-    def _have_a_place(cls, templates: list[str]) -> list[str]:
-        for n, template in enumerate(templates):
-            if template.count("{}") != 1:
-                raise ValueError(f"{n}: {template!r} should hold {{}} once, where the name of the class belongs")
-        return templates
 
 
 class Evaluate(Section):

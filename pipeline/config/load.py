@@ -73,6 +73,10 @@ _PATHS = (
     "pretrain.objective.teacher",
     "pretrain.loader.cache",
     "pretrain.loader.cache.path",
+    "pretrain.validate.knn",
+    "pretrain.validate.knn.data",
+    "pretrain.validate.zero_shot",
+    "pretrain.validate.zero_shot.data",
     "evaluate.model",
     "evaluate.palette",
     "evaluate.tokenizer",
@@ -89,6 +93,8 @@ _PLAIN_KEYS = {
     "pretrain.text": "tokenizer",
     "pretrain.palette": "url",
     "pretrain.loader.cache": "path",
+    "pretrain.validate.knn": "data",
+    "pretrain.validate.zero_shot": "data",
 }
 
 

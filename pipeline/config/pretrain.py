@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Time
+from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Templates, Time
 from pipeline.core import units
 
 
@@ -201,9 +201,47 @@ class Save(Section):
         return self
 
 
+class Knn(Section):
+    """Accuracy of a vote of the nearest training images, by the cosine of the model's features; as the metric validate/knn."""
+
+    _plain_key = "data"
+
+    data: str | None = Field(None, description="a dataset with labels; default: the run's own")
+    train: str | None = Field(None, description="the split whose labels are known; default: pretrain.split")
+    test: str | None = Field(None, description="the split that is classified; default: pretrain.validate.split")
+    bank: Count = Field(10_000, description="images of known label, at most; their features are held by every rank")
+    samples: Count = Field(5_000, description="images that are classified, at most")
+    k: Count = 20
+    temperature: Positive = Field(0.07, description="a neighbour of cosine s counts exp(s / temperature)")
+
+
+class ZeroShot(Section):
+    """Accuracy of the class whose captions are nearest to an image; as the metric validate/zero_shot."""
+
+    _plain_key = "data"
+
+    data: str | None = Field(None, description="a dataset with labels; default: the run's own")
+    split: str | None = Field(None, description="default: pretrain.validate.split")
+    samples: Count = Field(5_000, description="images that are classified, at most")
+    templates: Templates = Field(["a photo of a {}."], description="captions, each with {} where the class belongs; their mean is used")
+    class_names: list[str] | None = Field(None, description="what the classes are called, in their order; default: the dataset's names")
+
+
 class Validate(Section):
+    """The loss on held-out data, and accuracies on small tasks that need no training."""
+
     every: Span = units.Duration(1, "epoch")
     split: str = "test"
+    knn: Knn | None = None
+    zero_shot: ZeroShot | None = None
+
+
+class Profile(Section):
+    """A trace of a few steps by torch's profiler, in profile/ of the run directory."""
+
+    steps: Count = 3
+    after: Count = Field(10, description="steps of the job before the first that is traced: they are slower than those to come")
+    ranks: Literal["first", "all"] = "first"
 
 
 class Pretrain(Section):
@@ -228,6 +266,13 @@ class Pretrain(Section):
     # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
     validation: Validate | None = Field(None, alias="validate")
     log: Span = Field(units.Duration(10, "step"), description="how often metrics are recorded")
+    statistics: Span | None = Field(
+        None, description="how often norms of weights, gradients and updates are recorded by parameter; null: never"
+    )
+    peak: Positive | None = Field(
+        None, description="TFLOP/s that one device could do, of which MFU tells the part made use of; default: known GPUs' in 16 bits"
+    )
+    profile: Profile | None = Field(None, description="`{}` traces steps 11 to 13 of each job")
     loader: Loader = Loader()
     split: str = "train"
 

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -64,6 +65,16 @@ Quantity = Annotated[
         {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.COUNT_PATTERN, "examples": ["14.2M"]}]}
     ),
 ]
+
+
+def _have_a_place(templates: list[str]) -> list[str]:
+    for n, template in enumerate(templates):
+        if template.count("{}") != 1:
+            raise ValueError(f"{n}: {template!r} should hold {{}} once, where the name of the class belongs")
+    return templates
+
+
+Templates = Annotated[list[str], Field(min_length=1), AfterValidator(_have_a_place)]  # captions of zero-shot
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

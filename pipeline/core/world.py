@@ -39,6 +39,13 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def table(self, values: Sequence[float]) -> list[list[float]]:
+        """Each rank's values (as many on each), by rank, in fp64, on every rank."""
+        rows = [[0.0] * len(values) for _ in range(self.size)]
+        rows[self.rank] = [float(value) for value in values]
+        sums = self.sum([value for row in rows for value in row])
+        return [sums[r * len(values) : (r + 1) * len(values)] for r in range(self.size)]
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank. The value must be picklable and small."""
         if self.size == 1:
@@ -67,6 +74,12 @@ class World:
         if min(sizes) == most:
             return found
         return torch.cat([part[:n] for part, n in zip(found.split(most), sizes, strict=True)])
+
+    def rows(self, own: torch.Tensor) -> torch.Tensor:
+        """The rows (n_r, ..) of every rank's tensor in rank order, on every rank; n_r may differ, also be 0."""
+        if self.size == 1:
+            return own
+        return self.concatenate(own, [int(count) for [count] in self.table([len(own)])])
 
     def barrier(self) -> None:
         if self.size > 1:

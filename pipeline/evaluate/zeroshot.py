@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from pipeline.checkpoint import ModelCard
 from pipeline.core.errors import CheckpointError
@@ -18,6 +17,7 @@ from pipeline.evaluate.results import Result, make_result, predictions
 from pipeline.evaluate.supervised import softmax
 from pipeline.evaluate.tasks import Task
 from pipeline.models.clip import CLIP
+from pipeline.objectives.scores import mean_captions
 from pipeline.stream.text import Tokenizer
 
 
@@ -43,7 +43,7 @@ def embed_classes(model: CLIP, tokenizer: Tokenizer, names: Sequence[str], templ
         for start in range(0, len(captions), BATCH):
             tokens = tokenizer(captions[start : start + BATCH], model.options.context)
             pieces.append(model.encode_text(tokens.to(device())).float())
-    return F.normalize(torch.cat(pieces).view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+    return mean_captions(torch.cat(pieces), len(names))
 
 
 def evaluate_zeroshot(card: ModelCard, state: dict[str, torch.Tensor], task: Task, fingerprint: str) -> Result:

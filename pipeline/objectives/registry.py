@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config.pretrain import Best, Image
@@ -73,9 +73,10 @@ def check_mixing(objective: str, image: Image) -> None:
         raise ConfigError(f"pretrain.image.{key}: mixes images with their labels, and {objective!r} has none (allowed for: {allowed})")
 
 
-def check_best(objective: str, best: Best) -> None:
-    """Raises ConfigError where validation of `objective` does not measure what the best checkpoint is chosen by."""
-    choose("pretrain.save.best.metric", best.metric, [f"{VALIDATION}{name}" for name in ("loss", *OBJECTIVES[objective].metrics)])
+def check_best(objective: str, best: Best, scores: Sequence[str] = ()) -> None:
+    """Raises ConfigError where validation of `objective`, or of the `scores` beside it, does not measure what the best checkpoint is
+    chosen by."""
+    choose("pretrain.save.best.metric", best.metric, [f"{VALIDATION}{name}" for name in ("loss", *OBJECTIVES[objective].metrics, *scores)])
 
 
 def check_name(model: str, objective: str, families: frozenset[str]) -> None:

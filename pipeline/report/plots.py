@@ -25,8 +25,10 @@ _COLOURS = {
     "#030303": "var(--line)",
     "#040404": "var(--accent)",
     "#050505": "var(--second)",
+    "#060606": "var(--right)",
+    "#070707": "var(--wrong)",
 }
-_INK, _MUTED, _LINE, ACCENT, SECOND = _COLOURS
+INK, MUTED, LINE, ACCENT, SECOND, RIGHT, WRONG = _COLOURS
 _POINTS = 600  # of one line; more cannot be told apart
 
 Row = dict[str, float]
@@ -72,9 +74,18 @@ def draw_curves(history: Sequence[Row], objective: str = "classify", salt: str =
         ("Loss", loss, [_Line(f"{p}loss", label, colour) for p, label, colour in (train, held_out)], "linear"),
         ("Accuracy", top1, [_Line(f"{p}top1", label, colour) for p, label, colour in (train, held_out)], "percent"),
         ("Logit scale", "what cosines are multiplied by", [_Line("train/logit_scale", "logit scale", ACCENT)], "linear"),
+        (
+            "Nearest neighbours and captions",
+            "top-1, %",
+            [_Line("validate/knn", "nearest neighbours", SECOND), _Line("validate/zero_shot", "captions (zero-shot)", ACCENT)],
+            "percent",
+        ),
         ("Learning rate", "learning rate", [_Line("train/lr", "learning rate", ACCENT)], "linear"),
         ("Gradient norm", "2-norm of the gradient", [_Line("train/grad_norm", "gradient norm", ACCENT)], "log"),
+        ("Update-to-weight ratio", "norm of update / norm of weights", [_Line("train/update_ratio", "ratio", ACCENT)], "log"),
         ("Throughput", "images/s", [_Line("train/images_per_s", "images/s", ACCENT)], "from zero"),
+        ("Model FLOPs utilisation", "share of the devices' peak, %", [_Line("train/mfu", "MFU", ACCENT)], "share"),
+        ("Power", "W, all devices", [_Line("power/watts", "W", ACCENT)], "linear"),
         ("Waiting for data", "share of the time, %", [_Line("train/data_wait_fraction", "waiting", ACCENT)], "share"),
     ]
     plots = [_draw(history, title, unit, lines, scale, salt) for title, unit, lines, scale in wanted]
@@ -83,66 +94,66 @@ def draw_curves(history: Sequence[Row], objective: str = "classify", salt: str =
 
 def draw_layers(layers: Sequence[dict[str, Any]], best: int, suite: str, salt: str = "") -> Plot:
     """The linear probe of each layer, as `evaluate_layers` gives it; the layer that was chosen is marked."""
-    with mpl.rc_context(_style(f"layers {suite} {salt}")):
-        figure, axes = _canvas()
+    with mpl.rc_context(style(f"layers {suite} {salt}")):
+        figure, axes = canvas()
         x = [row["layer"] for row in layers]
         for key, label, colour in (("held_out_top1", "held out", SECOND), ("top1", "test", ACCENT)):
             axes.plot(x, [100 * row[key] for row in layers], color=colour, linewidth=1.8, label=label, marker="o", markersize=3)
         chosen = next(row for row in layers if row["layer"] == best)
-        axes.axvline(best, color=_MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
+        axes.axvline(best, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
         axes.plot([best], [100 * chosen["top1"]], color=ACCENT, marker="o", markersize=8, markerfacecolor="none", markeredgewidth=1.6)
-        _tidy(axes, "top-1, %", "percent", "layer")
-        axes.legend(frameon=False, labelcolor=_INK, handlelength=1.4, loc="best")
+        tidy(axes, "top-1, %", "percent", "layer")
+        axes.legend(frameon=False, labelcolor=INK, handlelength=1.4, loc="best")
         top1 = f"{100 * chosen['top1']:.2f}%"
         caption = f"Linear probe of {suite} by layer. Layer {best} is the best on held-out images, and gets {top1} of the test images."
-        return Plot(f"Linear probe by layer: layer {best} is chosen", caption, _to_svg(figure, caption))
+        return Plot(f"Linear probe by layer: layer {best} is chosen", caption, to_svg(figure, caption))
 
 
-def _style(salt: str) -> Any:
-    return {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": salt, "axes.edgecolor": _LINE, "text.color": _INK}
+def style(salt: str) -> Any:
+    return {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": salt, "axes.edgecolor": LINE, "text.color": INK}
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def canvas() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.4, 3.1), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def _draw(history: Sequence[Row], title: str, unit: str, lines: list[_Line], scale: str, salt: str) -> Plot | None:
     factor = 100.0 if scale in ("percent", "share") else 1.0
-    series = [(line, points) for line in lines if (points := _points(history, line.name, factor))]
+    series = [(line, points) for line in lines if (points := points_of(history, line.name, factor))]
     if not series:
         return None
-    with mpl.rc_context(_style(title + salt)):
-        figure, axes = _canvas()
+    with mpl.rc_context(style(title + salt)):
+        figure, axes = canvas()
         for line, points in series:
-            x, y = zip(*_thin(points), strict=True)
+            x, y = zip(*thin(points), strict=True)
             few = len(x) <= 30
             axes.plot(x, y, color=line.colour, linewidth=1.8, label=line.label, marker="o" if few else "", markersize=3)
-        _tidy(axes, unit, scale)
+        tidy(axes, unit, scale)
         if len(series) > 1:
-            axes.legend(frameon=False, labelcolor=_INK, handlelength=1.4, loc="best")
+            axes.legend(frameon=False, labelcolor=INK, handlelength=1.4, loc="best")
         last = ", ".join(
             f"{line.label} {_number(points[-1][1], scale)}" if len(lines) > 1 else _number(points[-1][1], scale) for line, points in series
         )
         caption = f"{title} by step. At the end: {last}{' images/s' if scale == 'from zero' else ''}."
-        return Plot(title, caption, _to_svg(figure, caption))
+        return Plot(title, caption, to_svg(figure, caption))
 
 
-def _points(history: Sequence[Row], name: str, factor: float) -> list[tuple[float, float]]:
+def points_of(history: Sequence[Row], name: str, factor: float) -> list[tuple[float, float]]:
     return [(row["step"], row[name] * factor) for row in history if row.get(name) is not None]
 
 
-def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most about `_POINTS` of them, evenly, the last kept."""
     every = -(-len(points) // _POINTS)
     return points if every == 1 else [*points[:-1:every], points[-1]]
 
 
-def _tidy(axes: Axes, unit: str, scale: str, x: str = "step") -> None:
-    axes.set_xlabel(x, color=_MUTED)
-    axes.set_ylabel(unit, color=_MUTED)
-    axes.tick_params(colors=_MUTED, length=0, pad=6)
-    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+def tidy(axes: Axes, unit: str, scale: str, x: str = "step") -> None:
+    axes.set_xlabel(x, color=MUTED)
+    axes.set_ylabel(unit, color=MUTED)
+    axes.tick_params(colors=MUTED, length=0, pad=6)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -168,7 +179,7 @@ def _number(value: float, scale: str) -> str:
     return f"{value:.2f}%" if scale in ("percent", "share") else format_count(value) if value >= 1000 else f"{value:.3g}"
 
 
-def _to_svg(figure: Figure, caption: str) -> str:
+def to_svg(figure: Figure, caption: str) -> str:
     sink = io.BytesIO()
     figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = sink.getvalue().decode()

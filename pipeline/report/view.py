@@ -25,6 +25,7 @@ from pipeline.evaluate.drawn import ABOUT, COMPLETIONS, SAMPLES
 from pipeline.evaluate.tasks import look_up
 from pipeline.report.pictures import Picture, choose_right, choose_wrong, show, strip
 from pipeline.report.plots import Plot, draw_curves, draw_layers
+from pipeline.report.running import draw_running
 from pipeline.shards.manifest import Manifest
 from pipeline.stream import open_dataset
 
@@ -107,7 +108,7 @@ def gather(shown: Shown) -> View:
         wrong_total=round(predicted.n * (1 - predicted.value)) if predicted else 0,
         drawn=_read_drawn(run),
         layers=[draw_layers(r.details["layers"], r.details["best"], r.suite, config.name) for r in results if r.protocol == "layers"],
-        plots=draw_curves(history, card.objective if card else "classify", config.name),
+        plots=draw_curves(history, card.objective if card else "classify", config.name) + draw_running(history, config.name),
         manifest=manifest,
         source=redact(manifest.source) if manifest else "",
         samples=samples,

@@ -21,6 +21,7 @@ from pipeline.core.errors import Diverged, Fenced, Preempted, TesseraError, Unsa
 from pipeline.core.progress import say
 from pipeline.core.units import format_bytes, format_seconds
 from pipeline.core.world import World
+from pipeline.train.speed import CHECKPOINT, Clock
 
 _FATAL = (Diverged, Fenced)
 _COPY_RATE = 1e9  # bytes a second, taken to host memory before one save was measured
@@ -64,6 +65,7 @@ class Keeper:
         every: optimiser steps between saves; None where the interval is a time or worked out.
         seen: (seconds of running, failures) of the run's earlier jobs, for `every: auto`.
         told: is given each outcome; on rank 0.
+        clock: learns how long training stood still.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Keeper:
         world: World,
         seen: tuple[float, int] = (0.0, 0),
         told: Callable[[Outcome], None] = lambda outcome: None,
+        clock: Clock | None = None,
     ) -> None:
         self.saver, self.snapshot, self.config, self.every, self.signals, self.world = saver, snapshot, config, every, signals, world
-        self.told = told
+        self.told, self.clock = told, clock or Clock()
         self.stalled = 0.0  # seconds that training stood still for saves
         self.failures = 0  # saves that came to nothing since the last commit
         self.committed: int | None = None
@@ -162,8 +165,9 @@ class Keeper:
         self._is_due = False
         self.signals.save.clear()
         began = time.monotonic()
-        fragments, commit, files = self.snapshot(step)
-        self.saver.begin(fragments, commit, files)
+        with self.clock.span(CHECKPOINT):
+            fragments, commit, files = self.snapshot(step)
+            self.saver.begin(fragments, commit, files)
         self._began_at = time.monotonic()
         if self._unsaved_since is None:
             self._unsaved_since = began
@@ -173,8 +177,9 @@ class Keeper:
         """The error of the save in flight, once it has ended."""
         began = time.monotonic()
         outcome = None
-        while self.saver.is_pending and (outcome := self.saver.take(timeout=1.0)) is None:
-            pass
+        with self.clock.span(CHECKPOINT):
+            while self.saver.is_pending and (outcome := self.saver.take(timeout=1.0)) is None:
+                pass
         self.stalled += time.monotonic() - began
         if outcome is None:
             return None

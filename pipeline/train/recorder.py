@@ -20,8 +20,9 @@ from pipeline.objectives import VALIDATION
 from pipeline.plan import Plan
 from pipeline.stream import Stream
 from pipeline.train.keeper import Keeper, Signals
+from pipeline.train.profile import Profiler
 from pipeline.train.saving import State, encode, files, fragments
-from pipeline.train.speed import Row
+from pipeline.train.speed import Clock, Row
 from pipeline.train.zero import Engine
 
 
@@ -48,9 +49,12 @@ class Recorder:
         self.world, self.tracker, self.ledger = world, tracker, ledger
         self.history = [encode(row) for row in state.history] if state else []
         self.metrics: Row = dict(state.commit.metrics) if state else {}  # of the newest validation
+        self.clock = Clock(is_async=world.device.type == "cuda")
         first = state.commit.step if state else 0
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
-        self.keeper = Keeper(saver, self._snapshot, p.save, _steps_between(p, plan), signals, world, ledger.seen(), self._told)
+        every = _steps_between(p, plan)
+        self.keeper = Keeper(saver, self._snapshot, p.save, every, signals, world, ledger.seen(), self._told, self.clock)
+        self.profiler = Profiler(p.profile, first, run.directory, world)
         self.keeper.committed = first if state else None
 
     def record(self, row: Row) -> None:
@@ -67,10 +71,12 @@ class Recorder:
         self.ledger.step(step, waited, self.keeper.stalled)
         if self.world.is_main:
             self.progress.update(1)
+        self.profiler.after_step(step)
         self.keeper.after_step(step)
 
     def finish(self) -> None:
         """Have the last step committed."""
+        self.profiler.close()
         self.keeper.finish(self.plan.steps)
 
     def _snapshot(self, step: int) -> tuple[list[Fragment], Commit | None, Mapping[str, bytes]]:

@@ -36,12 +36,15 @@ from pipeline.models.options import Options
 from pipeline.objectives import Facts, build_objective
 from pipeline.plan import make_plan
 from pipeline.stream import Collection, open_collection, open_dataset, open_stream
+from pipeline.train.communication import watching
 from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, prepare_inputs
 from pipeline.train.keeper import Regroup, Signals
 from pipeline.train.loop import train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.recorder import Recorder
 from pipeline.train.saving import fragments, on_main, restore, restore_from
+from pipeline.train.scores import open_scores
+from pipeline.train.validate import HeldOut
 from pipeline.train.zero import Engine, check_precision, join_group
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -67,7 +70,7 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
     join_group(world)
     endpoint = config.storage.endpoint
     data = open_collection(run.data, p.split, endpoint, block=p.loader.block, cache=p.loader.cache)
-    held_out = open_dataset(run.dataset_url, p.validation.split, endpoint, cache=p.loader.cache) if p.validation else None
+    held_out = _open_held_out(p, run.dataset_url, endpoint)
     check_captions(p, data)
     prepared = prepare_inputs(run, data, world)
     facts = _facts(run, data, prepared)
@@ -115,6 +118,7 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
             if world.is_main:
                 beside.enter_context(hooks.progress)
                 beside.enter_context(Requests(run.directory, signals.events))
+            beside.enter_context(watching(hooks.clock))
             train(engine, objective, stream, held_out, p, plan, config.seed, world, first, hooks)
             hooks.finish()
     except Regroup:
@@ -130,6 +134,13 @@ def _pretrain(run: Run) -> Pretrain:
     if run.config.pretrain is None:
         raise ConfigError("pretrain: is missing, and this is the training worker")
     return run.config.pretrain
+
+
+def _open_held_out(p: Pretrain, url: str, endpoint: str | None) -> HeldOut | None:
+    if p.validation is None:
+        return None
+    dataset = open_dataset(url, p.validation.split, endpoint, cache=p.loader.cache)
+    return HeldOut(dataset, open_scores(p, url, endpoint, p.loader.cache))
 
 
 def _facts(run: Run, data: Collection, prepared: Prepared) -> Facts:

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -22,8 +22,10 @@ from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, choose
 from pipeline.core.world import World
 from pipeline.models import Model
+from pipeline.models.blockwise import compile_blocks, recompute_blocks
 from pipeline.train.settings import WHERE, check_raw, settings, stage_of
 from pipeline.train.state import State
+from pipeline.train.statistics import Statistics
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,20 +122,48 @@ class Engine:
             scalar = model.get_parameter(name)
             scalar.data = scalar.data.view(1)
         self._limits = [(parameter, *model.limits[name]) for name, parameter in model.named_parameters() if name in model.limits]
+        if world.size % config.zero.hpz:
+            raise ConfigError(f"pretrain.zero.hpz: {config.zero.hpz} does not divide the number of workers, which is {world.size}")
+        how = settings(config, rounds, world.size)
         with contextlib.redirect_stdout(sys.stderr):
-            self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(
-                model=model, optimizer=optimizer, config=settings(config, rounds, world.size)
-            )
+            self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=how)
+        if config.compile:
+            compile_blocks(model)
+        if config.recompute:
+            recompute_blocks(model)
         self.state = State(self.engine, stage_of(config), world)
         self._decay = config.average.decay if config.average else None
         self.updates = 0  # that changed the parameters, ever
         if config.average:
             self.state.start_average()
+        self.statistics = Statistics(self.state, world)
 
     @property
     def module(self) -> nn.Module:
         """The model to call; gathers partitioned parameters where stage 3 keeps them apart."""
         return self.engine
+
+    @property
+    def model(self) -> Model:
+        """The model itself. What of it is called by another way than `module` finds no parameters at stage 3."""
+        return self.engine.module
+
+    @contextlib.contextmanager
+    def answering(self, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Inside, `module` does what `function`, a method of the model, does. For evaluation; at stage 3 all ranks together."""
+        model, gathered = self.engine.module, contextlib.nullcontext()
+        if self.stage == 3:
+            # Such a method may go past a tower's own `forward`, before which its tokens and positions would be gathered; DeepSpeed would
+            # see that and from then on gather them before every step, too.
+            inner = [p for each in model.modules() if next(each.children(), None) is not None for p in each.parameters(recurse=False)]
+            apart = [p for p in inner if p.ds_status.name == "NOT_AVAILABLE"]
+            gathered = _import_deepspeed().zero.GatheredParameters(apart, enabled=bool(apart))
+        with gathered:
+            model.forward = function
+            try:
+                yield
+            finally:
+                del model.forward
 
     def set_lr(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:

@@ -25,7 +25,7 @@ from tests.integration.services import ROOT
 RANK = "RayTrainWorker"  # in the command line of a rank
 BATCH, EVERY = 24, 10  # samples; steps between saves
 KEYS = {"AWS_ACCESS_KEY_ID": "tessera", "AWS_SECRET_ACCESS_KEY": "tessera", "AWS_DEFAULT_REGION": "us-east-1"}
-_SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction")
+_SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction", "time/", "slowest/", "communication/", "memory/")
 _TAIL = 1 << 16  # bytes of a spool that are sure to hold a few steps
 
 Row = dict[str, float]
@@ -151,7 +151,7 @@ class Run:
 
     def history(self) -> list[Row]:
         """Without what differs from run to run by nature."""
-        return [{k: v for k, v in row.items() if k not in _SPEED} for row in read_history(self.directory)]
+        return [{k: v for k, v in row.items() if not k.startswith(_SPEED)} for row in read_history(self.directory)]
 
     def loader(self, commit: Commit | None = None) -> dict[str, Any]:
         """The loader's state in a checkpoint, by default the newest."""

@@ -130,3 +130,9 @@ def test_words() -> None:
     assert split_words(["a.yaml", "x.y=1", "s3://b/run?a=b", "z=c=d"]) == (["a.yaml", "s3://b/run?a=b"], ["x.y=1", "z=c=d"])
     with pytest.raises(ConfigError, match="config: is missing"):
         split_words(["a=b"])
+
+
+def test_a_profile_can_be_asked_for_in_a_word(values: dict[str, Any], tmp_path: Path) -> None:
+    code, output = plan(values, tmp_path, "--profile", "pretrain.profile.steps=5")
+    assert code == ExitCode.DONE and json.loads(output)["config"]["pretrain"]["profile"] == {"steps": 5, "after": 10, "ranks": "first"}
+    assert "profile" not in json.loads(plan(values, tmp_path)[1])["config"]["pretrain"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from pipeline.report.plots import _thin, draw_curves, draw_layers
+from pipeline.report.plots import draw_curves, draw_layers, thin
 
 
 def test_only_what_was_recorded_is_drawn() -> None:
@@ -54,7 +54,7 @@ def test_identifiers_of_two_figures_differ() -> None:
 
 def test_long_runs_are_thinned_and_keep_their_end() -> None:
     points = [(float(i), 0.0) for i in range(100_000)]
-    thin = _thin(points)
-    assert len(thin) <= 602
-    assert thin[0] == points[0]
-    assert thin[-1] == points[-1]
+    few = thin(points)
+    assert len(few) <= 602
+    assert few[0] == points[0]
+    assert few[-1] == points[-1]

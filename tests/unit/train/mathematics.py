@@ -20,6 +20,7 @@ from pipeline.checkpoint.fragments import AVERAGE, WEIGHT
 from pipeline.config import Config, load_config
 from pipeline.core.world import World
 from pipeline.models import build
+from pipeline.models.blockwise import blocks_of
 from pipeline.objectives import build_objective
 from pipeline.stream import open_collection, open_stream
 from pipeline.train.accumulate import accumulate, mean_over_ranks
@@ -83,6 +84,7 @@ class Parts:
             image=p.image, tokenizer=prepared.tokenizer, text_length=prepared.context,
         )  # fmt: skip
         self.engine = Engine(model, build_optimizer(model, p.optimizer), self.p, self.stream.rounds, self.world)
+        assert any("forward" in vars(block) for block in blocks_of(model)) == p.recompute, "what is asked for is done"
         inputs = open_inputs(self.config, prepared, data.classes, self.engine.dtype, self.world.device)
         self.objective = build_objective(p.objective.name, p.objective.arguments, inputs)
         self.batches = iter(self.stream)

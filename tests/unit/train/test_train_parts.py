@@ -23,7 +23,6 @@ from pipeline.stream import open_stream
 from pipeline.train.job import choose_workers
 from pipeline.train.optim import OPTIMIZERS, build_optimizer, parameter_groups
 from pipeline.train.schedule import SCHEDULES, factor
-from pipeline.train.speed import Clock
 from pipeline.train.zero import _hidden, check_precision
 
 
@@ -151,22 +150,6 @@ def test_world_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert World.from_environment() == World(5, 8, 1)
-
-
-def test_clock_leaves_pauses_out() -> None:
-    import time
-
-    clock = Clock()
-    clock.count(100)
-    with clock.waiting():
-        time.sleep(0.1)
-    with clock.paused():
-        time.sleep(0.3)
-    row = clock.read(1e9)
-    assert 100 / 0.25 < row["train/images_per_s"] <= 100 / 0.1
-    assert row["train/tflops_per_s"] == pytest.approx(row["train/images_per_s"] * 1e9 / 1e12)
-    assert 0.4 < row["train/data_wait_fraction"] <= 1
-    assert clock.read(1e9)["train/images_per_s"] == 0
 
 
 def test_errors_of_training_cross_processes() -> None:

@@ -17,7 +17,8 @@ from pipeline.core.storage import Storage
 
 STEPS = 6
 SEED = 20_260_101  # people use dates
-SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction")
+# What metrics begin with that differ from run to run by nature, or with the number of ranks.
+SPEED = ("train/images_per_s", "train/tflops_per_s", "train/data_wait_fraction", "time/", "slowest/", "communication/", "memory/")
 
 
 class Workshop:
@@ -49,10 +50,12 @@ class Workshop:
     def job(self, name: str, *overrides: str) -> dict[str, Any]:
         return {"config": str(self.root / "config.yaml"), "overrides": [f"name={name}", *overrides]}
 
-    def train(self, world_size: int, jobs: list[dict[str, Any]]) -> list[list[str] | None]:
-        """The error of each job, or None."""
+    def train(self, world_size: int, jobs: list[dict[str, Any]], script: Path | None = None) -> list[list[str] | None]:
+        """The error of each job, or None; `script` stands in for drive.py."""
         (self.root / "jobs.json").write_text(json.dumps(jobs))
-        self.start(world_size, [str(Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")])
+        self.start(
+            world_size, [str(script or Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")]
+        )
         return [r["error"] for r in json.loads((self.root / "results.json").read_text())]
 
     def start(self, world_size: int, arguments: list[str], seconds: int = 300) -> str:
@@ -80,7 +83,7 @@ class Workshop:
 
     def rows(self, name: str) -> list[dict[str, float]]:
         """The history without what differs from run to run by nature."""
-        return [{k: v for k, v in row.items() if k not in SPEED} for row in read_history(self.directory(name))]
+        return [{k: v for k, v in row.items() if not k.startswith(SPEED)} for row in read_history(self.directory(name))]
 
 
 def close(one: list[dict[str, float]], two: list[dict[str, float]], tolerance: float) -> bool:
