@@ -26,6 +26,7 @@ _FREE = (
     "storage",
     "evaluate",
     "pretrain.save",
+    "pretrain.guard",
     "pretrain.zero",
     "pretrain.validate",
     "pretrain.log",

@@ -187,6 +187,24 @@ class Validate(Section):
     split: str = "test"
 
 
+class Guard(Section):
+    """What is done where training goes wrong. An update whose loss or gradient is no finite number is always left out, on all ranks."""
+
+    skips: Count = Field(
+        3, description="updates left out in a row, after which the run goes back to its last checkpoint, past the data since"
+    )
+    spike: Positive | None = Field(
+        10.0,
+        description="so many standard deviations (of the median absolute deviation) above the median of recent steps the loss is too high; "
+        "null: it never is",
+    )
+    lasts: Count = Field(3, description="steps in a row with too high a loss, after which the run goes back in the same way")
+    window: Annotated[int, Field(ge=10, le=10_000)] = Field(100, description="recent steps; nothing is too high before half of them")
+    rewinds: Annotated[int, Field(ge=0)] = Field(
+        2, description="how often it goes back without a checkpoint beyond the bad place, before the run ends as diverged"
+    )
+
+
 class Pretrain(Section):
     model: ModelSection
     objective: Objective = Objective(name="classify")
@@ -202,6 +220,7 @@ class Pretrain(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     zero: Zero = Zero()
     save: Save = Save()
+    guard: Guard = Guard()
     # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
     validation: Validate | None = Field(None, alias="validate")
     log: Span = Field(units.Duration(10, "step"), description="how often metrics are recorded")

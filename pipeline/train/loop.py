@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
+
 from pipeline.config.pretrain import Pretrain
-from pipeline.core.errors import Diverged
 from pipeline.core.world import World
 from pipeline.objectives import Objective
 from pipeline.plan import Plan
@@ -17,8 +18,6 @@ from pipeline.train.speed import Clock, Row
 from pipeline.train.validate import validate
 from pipeline.train.zero import Engine
 
-_SKIPS, _SKIPS_16 = 10, 100  # updates in a row that could not be made, after which none ever will be; fp16 finds its scale by such
-
 
 class Hooks(Protocol):
     """What happens beside training. Every rank calls every hook at the same steps."""
@@ -26,8 +25,9 @@ class Hooks(Protocol):
     def record(self, row: Row) -> None:
         """Keep one row of metrics (they are the same on every rank)."""
 
-    def after_step(self, step: int, waited: float) -> None:
-        """`step` optimiser steps are done; so far this rank has waited `waited` seconds for data."""
+    def after_step(self, step: int, waited: float, loss: torch.Tensor) -> int:
+        """`step` optimiser steps are done, the last with `loss`, a sum over this rank's micro-batches; so far this rank has waited
+        `waited` seconds for data. Gives the step to go on from: `step`, or an earlier one that training went back to."""
 
 
 def train(
@@ -42,41 +42,30 @@ def train(
     first: int,
     hooks: Hooks,
 ) -> None:
-    """Steps `first` to `plan.steps`, drawing from `stream`.
-
-    Raises:
-        Diverged: the loss is no longer a finite number, or no update can be made any more.
-    """
-    batches = iter(stream)
-    clock = Clock()
-    for step in range(first, plan.steps):
+    """Steps `first` to `plan.steps`, drawing from `stream`."""
+    step, batches, clock = first, iter(stream), Clock()
+    while step < plan.steps:
         lr = config.optimizer.lr * factor(config.schedule.name, step, plan.steps, plan.warmup, plan.cooldown, plan.timescale)
         engine.set_lr(lr)
         totals = accumulate(engine, objective, batches, stream, seed, clock)
         clock.count(config.batch)
         done = step + 1
-        if engine.skipped >= (_SKIPS_16 if config.precision == "fp16" else _SKIPS):
-            raise Diverged(
-                f"pretrain: at step {done} the gradient has not been finite for {engine.skipped} steps in a row, and none was taken; "
-                "try a lower pretrain.optimizer.lr or a longer pretrain.schedule.warmup"
-            )
         if done % plan.log_every == 0 or done in (1, plan.steps):
-            row = mean_over_ranks(totals, stream.pieces, world)
-            if not math.isfinite(row["loss"]):
-                raise Diverged(
-                    f"pretrain: the loss is {row['loss']} at step {done}; "
-                    "try a lower pretrain.optimizer.lr or a longer pretrain.schedule.warmup"
-                )
-            hooks.record({
-                "step": done,
-                "samples": done * config.batch,
-                "epoch": done * config.batch / plan.samples_an_epoch,
-                **{f"train/{name}": value for name, value in row.items()},
-                "train/lr": lr,
-                "train/grad_norm": engine.gradient_norm(),
-                **clock.read(plan.flops_a_sample),
-            })  # fmt: skip
+            row, speed = mean_over_ranks(totals, stream.pieces, world), clock.read(plan.flops_a_sample)
+            if math.isfinite(row["loss"]):  # else the guard tells
+                hooks.record({
+                    "step": done,
+                    "samples": done * config.batch,
+                    "epoch": done * config.batch / plan.samples_an_epoch,
+                    **{f"train/{name}": value for name, value in row.items()},
+                    "train/lr": lr,
+                    "train/grad_norm": engine.gradient_norm(),
+                    **speed,
+                })  # fmt: skip
         with clock.paused():
             if held_out is not None and plan.validate_every and (done % plan.validate_every == 0 or done == plan.steps):
                 hooks.record({"step": done, "samples": done * config.batch, **validate(engine, objective, held_out, stream, config, world)})
-            hooks.after_step(done, clock.waited)
+            step = hooks.after_step(done, clock.waited, totals["loss"])
+        if step != done:  # back at a checkpoint, past some data
+            batches.close()
+            batches = iter(stream)

@@ -91,7 +91,9 @@ class Engine:
         self.world, self.dtype, self.stage = world, _DTYPES[config.precision], config.zero.stage
         self.is_plain = self.stage == 0 and self.dtype == torch.float32  # the parameters are whole, and in fp32
         self._norm: torch.Tensor | None = None
-        self.skipped = 0  # updates in a row that DeepSpeed left out, on all ranks, for a gradient that was not finite
+        self.is_left_out = False  # whether the last update was, on all ranks, for a gradient that is not finite
+        self._flags: list[torch.Tensor] = []  # whether the loss was finite, of each backward since the last update
+        self._last_flags: list[torch.Tensor] = []  # of the last update
         self._scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
         for name in self._scalars:  # DeepSpeed cannot broadcast what has no dimension
             scalar = model.get_parameter(name)
@@ -131,19 +133,29 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks."""
-        self.engine.backward(loss)
+        finite = loss.detach().isfinite()
+        self._flags.append(finite)
+        # A loss that is no finite number need not have such a gradient. Now it has: by their sum all ranks know of it, and take no update.
+        self.engine.backward(loss * torch.where(finite, 1.0, torch.nan).to(loss.dtype))
 
     def step(self) -> None:
         """To be called after each backward; every `rounds`th call updates the parameters, and brings back what left its limits."""
-        is_update = self.engine.is_gradient_accumulation_boundary()
-        if self.is_plain and is_update:  # here DeepSpeed keeps no norm
+        is_update, is_finite = self.engine.is_gradient_accumulation_boundary(), True
+        if self.is_plain and is_update:  # here DeepSpeed keeps no norm, and would take any update
             self._norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+            if not (is_finite := bool(self._norm.isfinite())):
+                self.engine.zero_grad()  # the optimiser passes over what has no gradient
         before = self.engine.skipped_steps
         self.engine.step()
         if is_update:
-            self.skipped = self.skipped + 1 if self.engine.skipped_steps > before else 0
+            self.is_left_out = not is_finite or self.engine.skipped_steps > before
+            self._last_flags, self._flags = self._flags, []
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
+
+    def turns_not_finite(self) -> list[int]:
+        """Those backwards of the last update, from 0, whose loss on this rank was no finite number."""
+        return [turn for turn, flag in enumerate(self._last_flags) if not flag]
 
     def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
         """In all the forms that ZeRO keeps: the parameter or this rank's part of it, and the fp32 values behind that."""
