@@ -37,7 +37,7 @@ _FREE = (
 )
 
 # What Tessera itself puts into a run directory; shards may be there before the run is, and stay after --fresh.
-_OWN = ("evaluation", "goodput", "palette.npy", "report", "requests", "timings.json", "tokenizer.json", "run.yaml")
+_OWN = ("evaluation", "goodput", "palette.npy", "report", "requests", "stacks", "timings.json", "tokenizer.json", "run.yaml")
 _PARTS = (*_OWN, "checkpoints", "shards", "spool")
 PAGE = "report/index.html"
 

@@ -203,6 +203,19 @@ class Guard(Section):
     rewinds: Annotated[int, Field(ge=0)] = Field(
         2, description="how often it goes back without a checkpoint beyond the bad place, before the run ends as diverged"
     )
+    check: Span | None = Field(
+        units.Duration(1000, "step"),
+        description="how often all ranks compare the parameters that each has a copy of; also before each save; null: never",
+    )
+    hang: Time | None = Field(
+        units.Duration(90, "second"),
+        description="a rank whose process does not run for so long has hung: after half of it all stacks are written, after it the run "
+        "ends with exit code 33; one that runs and gets no further has four times as long in a step, and longer for input; null: nobody "
+        "watches",
+    )
+    lag: Annotated[float, Field(gt=1)] | None = Field(
+        1.5, description="a rank that takes so many times as long by itself as the median of the others is named; null: none is"
+    )
 
 
 class Pretrain(Section):

@@ -26,7 +26,7 @@ from pipeline.core.world import World
 
 _OVERFLOWS = 100  # updates in a row that fp16 may leave out while it looks for the scale of its loss
 _NORMAL = 1.4826  # the standard deviation of a normal distribution by its median absolute deviation
-_FLOOR = 0.02  # of the median: the least deviation that counts, for a loss on a plateau has hardly any
+_FLOOR = 0.02  # of where the loss began: the least deviation that counts, for on a plateau, or where all is learnt, there is hardly any
 _ADVICE = (
     "try a lower pretrain.optimizer.lr, a longer pretrain.schedule.warmup or a pretrain.optimizer.clip, and look at the samples that "
     "`python -m pipeline.stream --run RUN --skipped` names"
@@ -39,25 +39,25 @@ class Trouble(Exception):
 
 class Spikes:
     """Tells a loss that is far above the losses before it: more than `factor` deviations above their median, over up to `window` steps and
-    at least half as many. A deviation is that of the median of absolute deviations, which a few outliers do not move. What is too high
-    does not enter the window."""
+    at least half as many. A deviation is that of the median of absolute deviations, which a few outliers do not move, and at least a part
+    of the highest median so far, `top`. What is too high does not enter the window."""
 
-    def __init__(self, factor: float | None, window: int, losses: Iterable[float] = ()) -> None:
-        self.factor = factor
+    def __init__(self, factor: float | None, window: int, losses: Iterable[float] = (), top: float = 0.0) -> None:
+        self.factor, self.top = factor, top
         self.losses = deque(losses, maxlen=window)
         self._least = window // 2
 
-    @property
     def limit(self) -> float:
-        """The highest loss that is none."""
+        """The highest loss that is not too high."""
         if self.factor is None or len(self.losses) < self._least:
             return math.inf
         middle = median(self.losses)
+        self.top = max(self.top, abs(middle))
         deviation = _NORMAL * median(abs(loss - middle) for loss in self.losses)
-        return middle + self.factor * max(deviation, _FLOOR * abs(middle))
+        return middle + self.factor * max(deviation, _FLOOR * self.top)
 
     def is_high(self, loss: float) -> bool:
-        if loss > self.limit:
+        if loss > self.limit():
             return True
         self.losses.append(loss)
         return False
@@ -79,14 +79,15 @@ class Guard:
             self.left_out, self.rewinds, self.tries, self.place = (state[key] for key in ("left_out", "rewinds", "tries", "place"))
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        self.spikes = Spikes(self.config.spike, self.config.window, state.get("losses", ()))
+        self.spikes = Spikes(self.config.spike, self.config.window, state.get("losses", ()), state.get("top", 0.0))
         self.known: float | None = state.get("known")  # the loss of the last step, where it is
         self._bad, self._high, self._overflows = state.get("bad", 0), state.get("high", 0), state.get("overflows", 0)
 
     def state(self) -> dict[str, Any]:
         """What a resume needs to decide as the unbroken run, as plain values; `settle` comes before."""
         return {
-            "losses": list(self.spikes.losses), "known": self.known, "bad": self._bad, "high": self._high, "overflows": self._overflows,
+            "losses": list(self.spikes.losses), "top": self.spikes.top, "known": self.known,
+            "bad": self._bad, "high": self._high, "overflows": self._overflows,
             "left_out": self.left_out, "rewinds": self.rewinds, "tries": self.tries, "place": self.place,
         }  # fmt: skip
 
@@ -112,7 +113,6 @@ class Guard:
         loss, self.known = before if self.known is None else self.known, None
         self._bad = self._bad + 1 if is_bad else 0
         self._overflows = self._overflows + 1 if is_overflow else 0
-        limit = self.spikes.limit
         if math.isfinite(loss):  # else its update was left out, and counted
             self._high = self._high + 1 if self.spikes.is_high(loss) else 0
         if self._bad >= self.config.skips:
@@ -120,7 +120,7 @@ class Guard:
         if self._overflows >= _OVERFLOWS:
             raise Trouble(f"the gradient has not been finite at any scale of fp16 for {_steps(self._overflows)}, and no update was made")
         if self._high >= self.config.lasts:
-            usual = median(self.spikes.losses)
+            usual, limit = median(self.spikes.losses), self.spikes.limit()
             raise Trouble(f"the loss has been above {limit:.4g} for {_steps(self._high)}, now {loss:.4g}, where {usual:.4g} was usual")
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Protocol
 
 import torch
@@ -16,6 +15,7 @@ from pipeline.train.accumulate import accumulate, mean_over_ranks
 from pipeline.train.schedule import factor
 from pipeline.train.speed import Clock, Row
 from pipeline.train.validate import validate
+from pipeline.train.watch import VALIDATING, beat, watched
 from pipeline.train.zero import Engine
 
 
@@ -43,29 +43,29 @@ def train(
     hooks: Hooks,
 ) -> None:
     """Steps `first` to `plan.steps`, drawing from `stream`."""
-    step, batches, clock = first, iter(stream), Clock()
+    step, batches, clock = first, watched(iter(stream)), Clock()
     while step < plan.steps:
         lr = config.optimizer.lr * factor(config.schedule.name, step, plan.steps, plan.warmup, plan.cooldown, plan.timescale)
         engine.set_lr(lr)
         totals = accumulate(engine, objective, batches, stream, seed, clock)
         clock.count(config.batch)
         done = step + 1
-        if done % plan.log_every == 0 or done in (1, plan.steps):
-            row, speed = mean_over_ranks(totals, stream.pieces, world), clock.read(plan.flops_a_sample)
-            if math.isfinite(row["loss"]):  # else the guard tells
-                hooks.record({
-                    "step": done,
-                    "samples": done * config.batch,
-                    "epoch": done * config.batch / plan.samples_an_epoch,
-                    **{f"train/{name}": value for name, value in row.items()},
-                    "train/lr": lr,
-                    "train/grad_norm": engine.gradient_norm(),
-                    **speed,
-                })  # fmt: skip
+        if (done % plan.log_every == 0 or done in (1, plan.steps)) and not engine.is_left_out:
+            row = mean_over_ranks(totals, stream.pieces, world)
+            hooks.record({
+                "step": done,
+                "samples": done * config.batch,
+                "epoch": done * config.batch / plan.samples_an_epoch,
+                **{f"train/{name}": value for name, value in row.items()},
+                "train/lr": lr,
+                "train/grad_norm": engine.gradient_norm(),
+                **clock.read(plan.flops_a_sample),
+            })  # fmt: skip
         with clock.paused():
+            beat(VALIDATING)
             if held_out is not None and plan.validate_every and (done % plan.validate_every == 0 or done == plan.steps):
                 hooks.record({"step": done, "samples": done * config.batch, **validate(engine, objective, held_out, stream, config, world)})
             step = hooks.after_step(done, clock.waited, totals["loss"])
         if step != done:  # back at a checkpoint, past some data
             batches.close()
-            batches = iter(stream)
+            batches = watched(iter(stream))

@@ -27,6 +27,7 @@ from pipeline.train.guard import Guard, Trouble
 from pipeline.train.keeper import Keeper, Signals
 from pipeline.train.saving import State, encode, files, fragments, on_main, restore
 from pipeline.train.speed import Row
+from pipeline.train.watch import SAVING, Lag, beat
 from pipeline.train.zero import Engine
 
 
@@ -56,6 +57,7 @@ class Recorder:
         first = state.commit.step if state else 0
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
         self.guard = Guard(p.guard, state.guard if state else None)
+        self.lag = Lag(p.guard.lag, world)
         self.is_fp16 = p.precision == "fp16"
         self.keeper = Keeper(saver, self._snapshot, p.save, _steps_between(p, plan), signals, world, ledger.seen(), self._told)
         self.keeper.committed = first if state else None
@@ -63,15 +65,18 @@ class Recorder:
     def record(self, row: Row) -> None:
         self.history.append(encode(row))
         self.metrics |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
+        ratio = self.lag.look() if "train/loss" in row else None
         if not self.world.is_main:
             return
         if self.tracker:
-            self.tracker.metrics({k if "/" in k else f"train/{k}": v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+            own = {} if ratio is None else {"guard/slowest_rank": ratio}  # no part of the history, which no machine changes
+            self.tracker.metrics({k if "/" in k else f"train/{k}": v for k, v in row.items() if k != "step"} | own, step=int(row["step"]))
         if "train/loss" in row:
             self.progress.text = f"loss {row['train/loss']:.3f}, {format_count(row['train/images_per_s'])} images/s"
 
     def after_step(self, step: int, waited: float, loss: torch.Tensor) -> int:
         """Raises Diverged as `_go_back`, and what `Keeper.act` raises."""
+        beat(SAVING, step)
         self.ledger.step(step, waited, self.keeper.stalled)
         if self.world.is_main:
             self.progress.update(1)

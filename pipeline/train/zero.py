@@ -22,6 +22,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.world import World
 from pipeline.models import Model
 from pipeline.train.state import State
+from pipeline.train.watch import STEP, beat, pace
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,6 +92,7 @@ class Engine:
         self.world, self.dtype, self.stage = world, _DTYPES[config.precision], config.zero.stage
         self.is_plain = self.stage == 0 and self.dtype == torch.float32  # the parameters are whole, and in fp32
         self._norm: torch.Tensor | None = None
+        self._clip = config.optimizer.clip
         self.is_left_out = False  # whether the last update was, on all ranks, for a gradient that is not finite
         self._flags: list[torch.Tensor] = []  # whether the loss was finite, of each backward since the last update
         self._last_flags: list[torch.Tensor] = []  # of the last update
@@ -112,7 +114,7 @@ class Engine:
             },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": config.optimizer.clip or 0.0,
+            "gradient_clipping": 0.0 if self.is_plain else config.optimizer.clip or 0.0,
             "bf16": {"enabled": config.precision == "bf16"},
             "fp16": {"enabled": config.precision == "fp16"},
             "steps_per_print": 10**12,
@@ -133,6 +135,8 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks."""
+        pace.end()
+        beat(STEP)
         finite = loss.detach().isfinite()
         self._flags.append(finite)
         # A loss that is no finite number need not have such a gradient. Now it has: by their sum all ranks know of it, and take no update.
@@ -142,9 +146,12 @@ class Engine:
         """To be called after each backward; every `rounds`th call updates the parameters, and brings back what left its limits."""
         is_update, is_finite = self.engine.is_gradient_accumulation_boundary(), True
         if self.is_plain and is_update:  # here DeepSpeed keeps no norm, and would take any update
-            self._norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+            parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+            self._norm = nn.utils.get_total_norm([p.grad for p in parameters])
             if not (is_finite := bool(self._norm.isfinite())):
                 self.engine.zero_grad()  # the optimiser passes over what has no gradient
+            elif self._clip:
+                nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
         before = self.engine.skipped_steps
         self.engine.step()
         if is_update:
