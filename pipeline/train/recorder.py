@@ -23,6 +23,7 @@ from pipeline.objectives import VALIDATION
 from pipeline.plan import Plan
 from pipeline.stream import Stream
 from pipeline.stream.skips import go_back, leave_out, told_skip
+from pipeline.train.copies import compare
 from pipeline.train.guard import Guard, Trouble
 from pipeline.train.keeper import Keeper, Signals
 from pipeline.train.saving import State, encode, files, fragments, on_main, restore
@@ -57,6 +58,7 @@ class Recorder:
         first = state.commit.step if state else 0
         self.progress = Progress("pretrain", plan.steps, "steps", done=first)
         self.guard = Guard(p.guard, state.guard if state else None)
+        self.check_every = p.guard.check.steps(p.batch, plan.samples_an_epoch) if p.guard.check else None
         self.lag = Lag(p.guard.lag, world)
         self.is_fp16 = p.precision == "fp16"
         self.keeper = Keeper(saver, self._snapshot, p.save, _steps_between(p, plan), signals, world, ledger.seen(), self._told)
@@ -75,11 +77,13 @@ class Recorder:
             self.progress.text = f"loss {row['train/loss']:.3f}, {format_count(row['train/images_per_s'])} images/s"
 
     def after_step(self, step: int, waited: float, loss: torch.Tensor) -> int:
-        """Raises Diverged as `_go_back`, and what `Keeper.act` raises."""
+        """Raises Diverged as `_go_back`, InfrastructureError where ranks differ, and what `Keeper.act` raises."""
         beat(SAVING, step)
         self.ledger.step(step, waited, self.keeper.stalled)
         if self.world.is_main:
             self.progress.update(1)
+        if self.check_every and step % self.check_every == 0:
+            compare(self.engine.copies(), self.world)
         is_bad = self.engine.is_left_out and self._leave_out(step)
         part = self.guard.swap(loss)
         try:
@@ -140,6 +144,8 @@ class Recorder:
         self.keeper.finish(self.plan.steps)
 
     def _snapshot(self, step: int) -> tuple[list[Fragment], Commit | None, Mapping[str, bytes]]:
+        if self.check_every:
+            compare(self.engine.copies(), self.world)
         self.ledger.save()
         self.guard.settle(self.world, self.stream.pieces)
         self.engine.agree_on_buffers(self.stream.has_samples)

@@ -25,6 +25,7 @@ from pipeline.train.state import State
 from pipeline.train.watch import STEP, beat, pace
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
+_OWN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -200,6 +201,14 @@ class Engine:
         self.state.spread()
         for key, value in numbers["scaler"].items():
             setattr(self.engine.optimizer.loss_scaler, key, value)
+
+    def copies(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What every rank has a copy of between two steps, by name: the parameters, at stage 3 those that are small enough to stay whole;
+        and buffers, but for BatchNorm's, which each has of its own micro-batches."""
+        for name, parameter in self.engine.module.named_parameters():
+            if self.stage < 3 or parameter.data.numel() == parameter.ds_numel:
+                yield name, parameter.data
+        yield from ((n, b) for n, b in self.engine.module.named_buffers() if not n.endswith(_OWN_BUFFERS))
 
     def agree_on_buffers(self, has_samples: bool) -> None:
         """Average what each rank keeps for itself beside parameters: BatchNorm's running statistics, of its own micro-batches. A rank
