@@ -7,7 +7,8 @@ Every second of a run is of one kind:
     productive   in the training loop, on steps that count; validation and logging among it, for the config asks for them
     input wait   rank 0 waited for data
     save         training stood still for a checkpoint
-    lost         in the training loop, on steps that a later job repeated from an earlier checkpoint, or that were never finished
+    lost         in the training loop, on steps that a later job repeated from an earlier checkpoint, or the same one after it had gone
+                 back to it, or that were never finished
     restart      a job had begun and its loop had not: joining, opening the data, building the model, reading a checkpoint
     idle         no job was there: between the last sign of life of one and the beginning of the next, which includes starting processes
 
@@ -59,6 +60,7 @@ class Job:
     first: int | None = None  # the step that it went on from; None while it starts
     origin: int | None = None  # the generation that committed that step; None where it began without a checkpoint of this run
     step: int = 0
+    lost: float = 0.0  # seconds in the loop that it took back itself, as training had gone wrong
     commits: list[tuple[int, float]] = field(default_factory=list)  # (step, productive seconds as of it); of many, some are left out
     end: str | None = None
     reason: str = ""  # what it died of
@@ -68,8 +70,8 @@ class Job:
 
     @property
     def loop(self) -> float:
-        """Seconds in the loop, neither waiting for input nor saving, the unfinished step's among them."""
-        return max(0.0, self.seconds - self.starting - self.waiting - self.saving)
+        """Seconds in the loop, neither waiting for input nor saving nor taken back, the unfinished step's among them."""
+        return max(0.0, self.seconds - self.starting - self.waiting - self.saving - self.lost)
 
     @property
     def last_seen(self) -> float:
@@ -152,7 +154,7 @@ def summarise(jobs: Sequence[Job], price: float | None = None, currency: str = "
     kept = _surviving(jobs)
     for number, job in enumerate(jobs):
         counts = min(job.loop, kept.get(job.generation, 0.0))
-        spent = (counts, job.waiting, job.saving, job.loop - counts, job.starting)
+        spent = (counts, job.waiting, job.saving, job.loop - counts + job.lost, job.starting)
         hourly = job.workers * ((price if job.price is None else job.price) or 0.0)
         for kind, amount in zip(KINDS[:-1], spent, strict=True):
             seconds[kind] += amount

@@ -49,6 +49,7 @@ class Ledger:
         self._ready: float | None = None
         self._ended: float | None = None
         self._at = (0, 0.0, 0.0, 0.0)  # finished step; seconds up to it: productive, waited for input, saved
+        self._lost = 0.0  # productive seconds that were taken back
         self._begun = (0, 0.0)  # the save in flight: step, productive seconds up to it
         self._commits: list[tuple[int, float]] = []
         self._earlier: list[Job] | None = None
@@ -83,7 +84,17 @@ class Ledger:
     def step(self, step: int, waited: float, saved: float) -> None:
         """`step` is finished, and so far the loop has waited `waited` seconds for data and stood still `saved` seconds for saves."""
         if self._ready is not None:
-            self._at = (step, time.perf_counter() - self._ready - waited - saved, waited, saved)
+            self._at = (step, time.perf_counter() - self._ready - waited - saved - self._lost, waited, saved)
+
+    def go_back(self, step: int, generation: int) -> None:
+        """Training goes on from `step` again, which `generation` committed; what followed it is lost."""
+        kept = [(at, seconds) for at, seconds in self._commits if at <= step]
+        productive = next((seconds for at, seconds in reversed(kept) if at == step), 0.0)
+        self._lost += self._at[1] - productive
+        self._at = (step, productive, *self._at[2:])
+        self._commits = kept
+        if generation != self._job.generation:
+            self._job = replace(self._job, first=step, origin=generation)
 
     def save(self) -> None:
         """A save of the last finished step begins."""
@@ -108,8 +119,10 @@ class Ledger:
         if ready is None:
             return replace(job, seconds=seconds, starting=seconds)
         if job.end in (FINISHED, REGROUPED, PREEMPTED):  # what followed the last step was its checkpoint
-            saved = seconds - job.starting - productive - waited
-        return replace(job, seconds=seconds, step=step, productive=productive, waiting=waited, saving=saved, commits=commits)
+            saved = seconds - job.starting - productive - waited - self._lost
+        return replace(
+            job, seconds=seconds, step=step, productive=productive, waiting=waited, saving=saved, lost=self._lost, commits=commits
+        )
 
     def goodput(self) -> Goodput | None:
         """Of the run so far; None where the earlier jobs could not be read, or on a rank that is not the first."""

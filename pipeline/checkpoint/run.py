@@ -26,6 +26,7 @@ _FREE = (
     "storage",
     "evaluate",
     "pretrain.save",
+    "pretrain.guard",
     "pretrain.zero",
     "pretrain.validate",
     "pretrain.log",
@@ -42,7 +43,7 @@ _FREE = (
 )
 
 # What Tessera itself puts into a run directory; shards may be there before the run is, and stay after --fresh.
-_OWN = ("evaluation", "goodput", "palette.npy", "profile", "report", "requests", "timings.json", "tokenizer.json", "run.yaml")
+_OWN = ("evaluation", "goodput", "palette.npy", "profile", "report", "requests", "stacks", "timings.json", "tokenizer.json", "run.yaml")
 _PARTS = (*_OWN, "checkpoints", "shards", "spool")
 PAGE = "report/index.html"
 

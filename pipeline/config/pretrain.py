@@ -244,6 +244,37 @@ class Profile(Section):
     ranks: Literal["first", "all"] = "first"
 
 
+class Guard(Section):
+    """What is done where training goes wrong. An update whose loss or gradient is no finite number is always left out, on all ranks."""
+
+    skips: Count = Field(
+        3, description="updates left out in a row, after which the run goes back to its last checkpoint, past the data since"
+    )
+    spike: Positive | None = Field(
+        10.0,
+        description="so many standard deviations (of the median absolute deviation) above the median of recent steps the loss is too high; "
+        "null: it never is",
+    )
+    lasts: Count = Field(3, description="steps in a row with too high a loss, after which the run goes back in the same way")
+    window: Annotated[int, Field(ge=10, le=10_000)] = Field(100, description="recent steps; nothing is too high before half of them")
+    rewinds: Annotated[int, Field(ge=0)] = Field(
+        2, description="how often it goes back without a checkpoint beyond the bad place, before the run ends as diverged"
+    )
+    check: Span | None = Field(
+        units.Duration(1000, "step"),
+        description="how often all ranks compare the parameters that each has a copy of; also before each save; null: never",
+    )
+    hang: Time | None = Field(
+        units.Duration(90, "second"),
+        description="a rank whose process does not run for so long has hung: after half of it all stacks are written, after it the run "
+        "ends with exit code 33; one that runs and gets no further has four times as long in a step, and longer for input; null: nobody "
+        "watches",
+    )
+    lag: Annotated[float, Field(gt=1)] | None = Field(
+        1.5, description="a rank that takes so many times as long by itself as the median of the others is named; null: none is"
+    )
+
+
 class Pretrain(Section):
     model: ModelSection
     objective: Objective = Objective(name="classify")
@@ -263,6 +294,7 @@ class Pretrain(Section):
     zero: Zero = Zero()
     deepspeed: dict[str, Any] = Field({}, description="further keys of DeepSpeed's own configuration, as they are")
     save: Save = Save()
+    guard: Guard = Guard()
     # `validate` would hide a method that pydantic keeps for old code, so the field carries the name as an alias.
     validation: Validate | None = Field(None, alias="validate")
     log: Span = Field(units.Duration(10, "step"), description="how often metrics are recorded")

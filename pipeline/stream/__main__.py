@@ -38,6 +38,7 @@ class Asked:
     out: Path | None
     run: str | None
     step: int | None
+    skipped: bool
     verify: bool
     speed: bool
     workers: int
@@ -61,6 +62,7 @@ class Asked:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write the files of the samples shown.")
 @click.option("--run", metavar="URL", help="The directory of a run, whose data, seed and batch are used; DATASET may be left out.")
 @click.option("--step", type=click.IntRange(1), help="List the samples of this optimiser step of --run.")
+@click.option("--skipped", is_flag=True, help="List the batches of --run that did not train the model, and why.")
 @click.option("--verify", is_flag=True, help="Check every byte; ends with exit code 3 where something is wrong.")
 @click.option("--speed", is_flag=True, help="Measure the training loader.")
 @click.option(
@@ -95,8 +97,10 @@ def _check_usage(asked: Asked) -> None:
         raise click.UsageError("Missing argument 'DATASET' (or --run).")
     if asked.step and not asked.run:
         raise click.UsageError("--step is of a run: name it with --run.")
-    if asked.run and not (asked.step or asked.positions):
-        raise click.UsageError("--run needs --step or --position.")
+    if asked.skipped and not asked.run:
+        raise click.UsageError("--skipped is of a run: name it with --run.")
+    if asked.run and not (asked.step or asked.positions or asked.skipped):
+        raise click.UsageError("--run needs --step or --position or --skipped.")
     if asked.run and (asked.keys or asked.verify or asked.speed or asked.split):
         raise click.UsageError("--key, --verify, --speed and --split are of a dataset: leave out --run.")
     if asked.out and not (asked.keys or asked.positions):
@@ -118,6 +122,9 @@ def _answers(asked: Asked) -> Iterator[tuple[str, Any, str]]:
         yield "step", step, tell.step_text(step)
         places = run.positions.at(step["start"], len(step["samples"]))
         chosen += [(place.dataset, place.number, "replaced" if place.replaced else "") for place in places]
+    if run and asked.skipped:
+        skips = run.skips()
+        yield "skipped", skips, tell.skips_text(skips)
     if asked.keys or asked.positions:
         samples = []
         for of, number, about in _wanted(asked, dataset, run):

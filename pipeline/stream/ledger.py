@@ -1,8 +1,13 @@
-"""Samples that could not be read, and what stood in for them: kept with the checkpoint, replayed on resume.
+"""Samples that could not be read, and what stood in for them; and global batches that training could not use: kept with the checkpoint,
+replayed on resume.
 
 A bad sample at position p is replaced by another sample of its dataset, drawn from (seed, epoch, sample) alone, so any
 rank that meets it takes the same. What is in the ledger is replaced without being tried again: a fault that has passed
 meanwhile does not change what an unbroken run would have seen.
+
+A global batch is skipped in one of two ways. Its update was left out, since loss or gradient was no finite number: it is part of the run,
+and what comes after it stands where it would have stood. Or training went back to a checkpoint and passed it over: then the step that
+would have had it takes a later batch, and a step's position is no longer the step times the batch (`Ledger.position`).
 """
 
 from __future__ import annotations
@@ -51,6 +56,29 @@ class Replacement:
     detail: str
 
 
+@dataclass(frozen=True)
+class Skip:
+    """Of the whole sequence, the positions from `first` up to `last` did not train the model: what step `step` met there is the `reason`.
+
+    `is_passed`: they were passed over, all of them, as training went back and on with what follows; else they are those of `step`, whose
+    update was left out. `suspects` are the parts of them, from and up to, whose own loss was no finite number, and `keys` names their
+    samples where these are few.
+    """
+
+    first: int
+    last: int
+    step: int
+    reason: str
+    is_passed: bool = False
+    suspects: tuple[tuple[int, int], ...] = ()
+    keys: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_values(values: Mapping[str, Any]) -> Skip:
+        suspects = tuple((first, last) for first, last in values["suspects"])
+        return Skip(**{**values, "suspects": suspects, "keys": tuple(values["keys"])})
+
+
 def substitutes(seed: int, epoch: int, number: int, size: int) -> Iterator[int]:
     """Sample numbers to try in place of `number`, the same for everybody."""
     random = Random(seed, epoch, number, _SALT)
@@ -58,12 +86,14 @@ def substitutes(seed: int, epoch: int, number: int, size: int) -> Iterator[int]:
 
 
 class Ledger:
-    """The replacements so far. `limit` is the largest fraction of samples that may be replaced."""
+    """The replacements so far, and the batches skipped, in the order of training. `limit` is the largest fraction of samples that may be
+    replaced."""
 
-    def __init__(self, entries: Iterable[Replacement] = (), limit: float = 1.0) -> None:
+    def __init__(self, entries: Iterable[Replacement] = (), limit: float = 1.0, skips: Iterable[Skip] = ()) -> None:
         self.limit = limit
         self._entries = {e.position: e for e in entries}
         self._unmerged: list[Replacement] = []
+        self.skips = sorted(skips, key=lambda skip: (skip.first, not skip.is_passed))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -85,6 +115,25 @@ class Ledger:
         self._unmerged += new
         if new:
             self._check(len(self), consumed, new[-1])
+
+    # Skipped batches
+
+    def skip(self, skip: Skip) -> None:
+        """All ranks alike. What is passed over takes the place of ranges passed over before that lie within it."""
+        kept = [s for s in self.skips if not (skip.is_passed and s.is_passed and skip.first <= s.first and s.last <= skip.last)]
+        self.skips = sorted([*kept, skip], key=lambda skip: (skip.first, not skip.is_passed))
+
+    def passed(self, upto: int) -> int:
+        """Positions before `upto` that were passed over."""
+        return sum(min(s.last, upto) - s.first for s in self.skips if s.is_passed and s.first < upto)
+
+    def position(self, trained: int) -> int:
+        """Where the samples go on that a run trains on, after `trained` of them and those passed over among them."""
+        at = trained
+        for s in self.skips:
+            if s.is_passed and s.first <= at:
+                at += s.last - s.first
+        return at
 
     def unmerged(self) -> list[Replacement]:
         """What this rank has replaced since the last merge."""
@@ -113,6 +162,9 @@ class Ledger:
     def as_values(self) -> list[dict[str, Any]]:
         return [asdict(e) for e in self]
 
+    def skips_as_values(self) -> list[dict[str, Any]]:
+        return [asdict(s) for s in self.skips]
+
     @staticmethod
-    def from_values(values: Iterable[Mapping[str, Any]], limit: float = 1.0) -> Ledger:
-        return Ledger((Replacement(**v) for v in values), limit)
+    def from_values(values: Iterable[Mapping[str, Any]], limit: float = 1.0, skips: Iterable[Mapping[str, Any]] = ()) -> Ledger:
+        return Ledger((Replacement(**v) for v in values), limit, map(Skip.from_values, skips))

@@ -11,7 +11,7 @@ one thread of the pool, some steps ahead, and handed over in order. A sample tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # a command of its own
 
 class Stream:
     """This rank's micro-batches, without end, from sample `consumed` on. `consumed` then counts the samples of all
-    ranks in the global batches handed out in full, never those only prefetched; so does the ledger."""
+    ranks in the global batches handed out in full, never those only prefetched, and those passed over; so does the ledger."""
 
     def __init__(
         self,
@@ -99,11 +99,11 @@ class Stream:
         """What a resume needs (contract "Loader state"), as plain values; the same on all ranks after `agree`."""
         return {
             "consumed": self.consumed, "view": self.view, "seed": self.seed, "batch": self.global_batch,
-            "replaced": self.ledger.as_values(),
+            "replaced": self.ledger.as_values(), "skipped": self.ledger.skips_as_values(),
         }  # fmt: skip
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` of the same view, taken at any world size. To be called before iterating.
+        """Go on from a `state` of the same view, taken at any world size. To be called before iterating, or to iterate anew.
 
         Raises:
             ConfigError: it was taken with another seed or global batch, with which its positions mean other samples.
@@ -112,13 +112,18 @@ class Stream:
             if state[name] != ours:
                 raise ConfigError(f"{path}: {ours} differs from the checkpoint's {state[name]}, with which its samples were drawn")
         self.consumed = state["consumed"]
-        self.ledger = Ledger.from_values(state["replaced"], self.ledger.limit)
+        self.ledger = Ledger.from_values(state["replaced"], self.ledger.limit, state.get("skipped", ()))  # the first versions skipped none
+
+    @property
+    def trained(self) -> int:
+        """Samples of all ranks that steps have had: those consumed, less those passed over."""
+        return self.consumed - self.ledger.passed(self.consumed)
 
     def agree(self, world: World) -> list[Replacement]:
         """Unite the ledgers of all ranks, which call this together; gives what is new since the last time."""
         return self.ledger.merge(world.gather(self.ledger.unmerged()), self.consumed)
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Generator[MicroBatch, None, None]:
         with prefetching(self.datasets, (self._needs(index) for index in self._places() if index != FILLER)) as advance:
             made = in_order(self._places(), lambda index: self._make(index, advance), self.workers)
             while True:
@@ -133,10 +138,15 @@ class Stream:
         """The micro-batches of `rank` among those of a global batch."""
         return range(rank * self.pieces // self.world_size, (rank + 1) * self.pieces // self.world_size)
 
+    @property
+    def mine(self) -> range:
+        """This rank's micro-batches among those of a global batch."""
+        return self._dealt(self.rank)
+
     def _places(self) -> Iterator[int]:
         """This rank's micro-batches by index, fillers too, without end."""
         step = self.consumed // self.global_batch
-        mine = self._dealt(self.rank)
+        mine = self.mine
         while True:
             for turn in range(self.rounds):
                 yield step * self.pieces + mine[turn] if turn < len(mine) else FILLER

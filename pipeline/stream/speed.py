@@ -45,7 +45,7 @@ def measure(url: str, split: str, endpoint: str | None, *, workers: int, batches
                 next(made)
                 shown.update(piece)
         rate = batches * piece / (time.perf_counter() - began)
-        made.close()  # type: ignore[attr-defined]
+        made.close()
         bare = _bare_rate(list(_images(data.datasets[0], stream.mixture.at(0, _BARE).number.tolist())), how, workers)
     return {
         "split": split, "images_per_s": rate, "mb_per_s": rate * data.reading.sample_bytes / 1e6, "first_batch_s": first,

@@ -20,10 +20,11 @@ from pipeline.core.errors import CheckpointError, ConfigError, DataError, NoSuch
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Storage
 from pipeline.stream.collection import open_collection
-from pipeline.stream.ledger import BadSample, Replacement
+from pipeline.stream.ledger import BadSample, Ledger, Replacement
 from pipeline.stream.loader import Stream, open_stream
 from pipeline.stream.look import THREADS, class_name
 from pipeline.stream.reader import Dataset
+from pipeline.stream.skips import told_skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def open_positions(url: str, split: str, endpoint: str | None, seed: int, batch:
 
 @dataclass(frozen=True)
 class PastRun:
-    """`newest` is the step of the newest committed checkpoint, 0 where there is none; step 1 takes global batch `first`."""
+    """`newest` is the step of the newest committed checkpoint, 0 where there is none; before step 1 the samples of `first` global batches
+    were trained on."""
 
     directory: Storage
     pretrain: Pretrain
@@ -114,7 +116,12 @@ class PastRun:
         batch = self.first + step - 1
         if not 1 <= step <= self.steps or batch < 0:
             raise UserError(f"run {self.directory.url}: there is no step {step:,} in it (its steps: 1 to {self.steps:,})")
-        return batch * self.pretrain.batch
+        return self.positions.stream.ledger.position(batch * self.pretrain.batch)
+
+    def skips(self) -> list[dict[str, Any]]:
+        """Plain values of the batches that did not train the model, as far as the newest checkpoint knows them."""
+        ledger = self.positions.stream.ledger
+        return [{**values, "told": told_skip(skip)} for values, skip in zip(ledger.skips_as_values(), ledger.skips, strict=True)]
 
     def step(self, step: int) -> dict[str, Any]:
         """Plain values of one optimiser step, replacements applied as far as the newest checkpoint knows them."""
@@ -122,7 +129,9 @@ class PastRun:
         notes = []
         if step > self.newest:
             since = f"after the newest checkpoint, of step {self.newest:,}" if self.newest else "and there is no checkpoint yet"
-            notes.append(f"step {step:,} is {since}: what had to be replaced there is not known")
+            notes.append(f"step {step:,} is {since}: what had to be replaced or skipped there is not known")
+        skips = self.positions.stream.ledger.skips
+        notes += [told_skip(skip) for skip in skips if start == (skip.last if skip.is_passed else skip.first)]
         if p.start and p.start.load == "all":
             notes.append(f"the run goes on from {p.start.from_}: steps up to the one there were that run's")
         samples = self.positions.rows(start, p.batch)
@@ -149,8 +158,9 @@ def open_run(url: str, endpoint: str | None = None) -> PastRun:
         micro_batch=p.micro_batch,
         seed=config.seed,
         image=p.image,
-        replaced=state["replaced"] if state else (),
     )
+    if state:
+        stream.ledger = Ledger.from_values(state["replaced"], skips=state["skipped"])
     if state and state["view"] != stream.view:
         raise DataError(
             f"run {directory.url}: its data are no longer what it was trained on (view {state['view'][:12]}.., now {stream.view[:12]}..)"
@@ -159,7 +169,7 @@ def open_run(url: str, endpoint: str | None = None) -> PastRun:
         raise UserError(
             f"run {directory.url}: it goes on from {p.start.from_} and has no checkpoint yet, so where its steps begin is not known"
         )
-    first = state["consumed"] // p.batch - newest if state else 0
+    first = (state["consumed"] - stream.ledger.passed(state["consumed"])) // p.batch - newest if state else 0
     return PastRun(
         directory,
         p,
@@ -201,7 +211,7 @@ def _newest_state(run: Storage) -> tuple[int, dict[str, Any] | None]:
         where = f"checkpoint {checkpoints.url}/step-{step}"
         try:
             state = json.loads(checkpoints.read(f"step-{step}/{json.loads(commit)['attempt']}/state.json"))["loader"]
-            return step, {name: state[name] for name in ("consumed", "view", "replaced")}
+            return step, {**{name: state[name] for name in ("consumed", "view", "replaced")}, "skipped": state.get("skipped", [])}
         except FileNotFoundError:
             raise CheckpointError(f"{where}: holds no state.json; an older version wrote it, or it is damaged") from None
         except (ValueError, LookupError, TypeError) as e:

@@ -102,6 +102,15 @@ def step_text(found: Mapping[str, Any]) -> str:
     return "\n".join([first, *(f"note: {note}" for note in found["notes"]), "", *body])
 
 
+def skips_text(found: Sequence[Mapping[str, Any]]) -> str:
+    """One line a batch, or range of them, and its samples where they are named."""
+    lines = []
+    for skip in found:
+        lines.append(skip["told"])
+        lines += [f"    {key}" for key in skip["keys"]]
+    return "\n".join(lines) or "none was skipped, as far as the newest checkpoint knows"
+
+
 def _remark(row: Mapping[str, Any]) -> str:
     if r := row["replaced"]:
         return f"replaces {_replaced(r)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from pipeline.checkpoint.commit import Commit
@@ -26,6 +26,7 @@ from pipeline.train.speed import CHECKPOINT, Clock
 _FATAL = (Diverged, Fenced)
 _COPY_RATE = 1e9  # bytes a second, taken to host memory before one save was measured
 _AGAIN = 30.0  # seconds, at least, from the beginning of a save that failed to the next, which does not wait until one is due
+_LOOK_EVERY = 0.01  # seconds, for what is about to end
 _CHANGE = 1.25  # a computed interval is told again where it changed by more than this
 
 
@@ -93,17 +94,15 @@ class Keeper:
         self._interval = self._choose_interval(saver.memory.bytes / _COPY_RATE, 0.0, before=None)
 
     def after_step(self, step: int) -> None:
-        """Learn what became of the last save, and begin one where it is due.
+        """Learn what became of the last save, and begin one where it is due; raises as `act`."""
+        self.act(step, self.world.sum(self.look()))
 
-        Raises:
-            Preempted: somebody asked for the end, and all is saved. Regroup: so that another group can go on. Fenced, Diverged: nothing
-                may be saved any more.
-            Unsaved: what was to be saved was not, for `save.patience`.
-        """
+    def look(self) -> list[float]:
+        """What this rank has seen since the last step; what all have is the sum, which `act` is given."""
         if (outcome := self.saver.take()) is not None:
             self._conclude(outcome)
         is_main = self.world.is_main
-        wants, ends, grows, moves, late, fatal, busy = self.world.sum([
+        return [
             self.signals.save.is_set() or (is_main and self._is_time()),
             self.signals.stop.is_set(),
             self.signals.grow.is_set(),
@@ -111,7 +110,17 @@ class Keeper:
             is_main and self._is_late(),
             self._fatal is not None,
             not self.saver.is_free,
-        ])  # fmt: skip
+        ]
+
+    def act(self, step: int, seen: Sequence[float], may_save: bool = True) -> None:
+        """Begin a save after `step` where it is due, or when it may be; end where that is asked for. `seen`: by all ranks.
+
+        Raises:
+            Preempted: somebody asked for the end, and all is saved. Regroup: so that another group can go on. Fenced, Diverged: nothing
+                may be saved any more.
+            Unsaved: what was to be saved was not, for `save.patience`.
+        """
+        wants, ends, grows, moves, late, fatal, busy = seen
         if fatal == self.world.size and self._fatal is not None:
             raise self._fatal
         if ends:
@@ -126,7 +135,7 @@ class Keeper:
         if moves:
             self.finish(step, self.config.retry.seconds)
             raise Regroup
-        if self._is_due and not busy:
+        if self._is_due and may_save and not busy:
             self._begin(step)
             if grows and self.world.broadcast(self._wait()) is None:  # a save that failed is no reason to end what trains
                 raise Regroup
@@ -160,6 +169,19 @@ class Keeper:
                     "the same command goes on from the checkpoint before"
                 )
             time.sleep(min(_AGAIN, left))
+
+    def settle(self) -> None:
+        """Wait for the save in flight, if there is one, be it committed or not. Raises Fenced."""
+        self._wait()
+        while not self.saver.is_free:
+            time.sleep(_LOOK_EVERY)
+        if isinstance(self._fatal, Fenced):
+            raise self._fatal
+
+    def go_back(self, step: int) -> None:
+        """The state is that of the checkpoint at `step` again."""
+        self.committed, self.failures, self._fatal, self._unsaved_since = step, 0, None, None
+        self._is_due, self._began_at = False, time.monotonic()
 
     def _begin(self, step: int) -> None:
         self._is_due = False

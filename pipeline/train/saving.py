@@ -1,7 +1,7 @@
 """Take up the state of training from a checkpoint, written by any number of ranks at any ZeRO stage. All ranks call each function together.
 
-What a checkpoint holds beside each rank's fragments: `state.json` (the loader's state, the optimiser's count of steps, the shapes of all
-tensors), `model.json` (the card), `history.jsonl` (the recorded metrics).
+What a checkpoint holds beside each rank's fragments: `state.json` (the states of loader and guard, the optimiser's count of steps, the
+shapes of all tensors), `model.json` (the card), `history.jsonl` (the recorded metrics).
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ _RANDOM = "random"
 
 @dataclass(frozen=True)
 class State:
-    """What a restored checkpoint says beside the engine's state: its commit, the training history, the loader's state."""
+    """What a restored checkpoint says beside the engine's state: its commit, the training history, the states of loader and guard."""
 
     commit: Commit
     history: list[Row]
     loader: dict[str, Any]
+    guard: dict[str, Any]
 
 
 def fragments(engine: Engine, world: World) -> list[Fragment]:
@@ -50,10 +51,10 @@ def _generators(world: World) -> dict[str, torch.Tensor]:
     return states
 
 
-def files(engine: Engine, card: ModelCard, loader: dict[str, Any], history: Sequence[bytes]) -> dict[str, bytes]:
+def files(engine: Engine, card: ModelCard, loader: dict[str, Any], guard: dict[str, Any], history: Sequence[bytes]) -> dict[str, bytes]:
     """The small files of a checkpoint; rank 0 writes them. `history`: as `encode` gives its rows."""
     return {
-        STATE: json.dumps({"loader": loader, "engine": engine.numbers()}).encode(),
+        STATE: json.dumps({"loader": loader, "guard": guard, "engine": engine.numbers()}).encode(),
         CARD: card.to_json(),
         HISTORY: b"".join(history),
     }
@@ -146,7 +147,7 @@ def _load(engine: Engine, checkpoints: Checkpoints, commit: Commit, view: str, w
             torch.set_rng_state(value) if name.startswith("cpu") else torch.cuda.set_rng_state(value, world.device)
     if world.is_main:
         say(f"resuming at step {commit.step:,} from {checkpoints.directory.url}")
-    return State(commit, history, state["loader"])
+    return State(commit, history, state["loader"], state.get("guard", {}))  # the first versions had none
 
 
 def on_main(world: World, find: Any, kind: type[Exception] | None = None) -> Any:

@@ -48,7 +48,8 @@ def settings(config: Pretrain, rounds: int, world_size: int) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": config.optimizer.clip or 0.0,
+        # At stage 0 the engine clips itself: DeepSpeed would take an update that is not finite.
+        "gradient_clipping": (config.optimizer.clip if stage_of(config) else None) or 0.0,
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 10**12,

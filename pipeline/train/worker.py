@@ -45,6 +45,7 @@ from pipeline.train.recorder import Recorder
 from pipeline.train.saving import fragments, on_main, restore, restore_from
 from pipeline.train.scores import open_scores
 from pipeline.train.validate import HeldOut
+from pipeline.train.watch import Watch
 from pipeline.train.zero import Engine, check_precision, join_group
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -119,6 +120,7 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
                 beside.enter_context(hooks.progress)
                 beside.enter_context(Requests(run.directory, signals.events))
             beside.enter_context(watching(hooks.clock))
+            beside.enter_context(Watch(run, world, p.guard.hang.seconds if p.guard.hang else None))
             train(engine, objective, stream, held_out, p, plan, config.seed, world, first, hooks)
             hooks.finish()
     except Regroup:

@@ -26,8 +26,10 @@ from pipeline.models.blockwise import compile_blocks, recompute_blocks
 from pipeline.train.settings import WHERE, check_raw, settings, stage_of
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
+from pipeline.train.watch import STEP, beat, pace
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
+_OWN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,7 +118,10 @@ class Engine:
         self.world, self.dtype, self.stage = world, _DTYPES[config.precision], config.zero.stage
         self.is_plain = self.stage == 0 and self.dtype == torch.float32  # the parameters are whole, and in fp32
         self._norm: torch.Tensor | None = None
-        self.skipped = 0  # updates in a row that DeepSpeed left out, on all ranks, for a gradient that was not finite
+        self._clip = config.optimizer.clip
+        self.is_left_out = False  # whether the last update was, on all ranks, for a gradient that is not finite
+        self._flags: list[torch.Tensor] = []  # whether the loss was finite, of each backward since the last update
+        self._last_flags: list[torch.Tensor] = []  # of the last update
         self._scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
         for name in self._scalars:  # DeepSpeed cannot broadcast what has no dimension
             scalar = model.get_parameter(name)
@@ -171,20 +176,31 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks."""
-        self.engine.backward(loss)
+        pace.end()
+        beat(STEP)
+        finite = loss.detach().isfinite()
+        self._flags.append(finite)
+        # A loss that is no finite number need not have such a gradient. Now it has: by their sum all ranks know of it, and take no update.
+        self.engine.backward(loss * torch.where(finite, 1.0, torch.nan).to(loss.dtype))
 
     def step(self) -> None:
         """To be called after each backward; every `rounds`th call updates the parameters, and brings back what left its limits."""
-        is_update = self.engine.is_gradient_accumulation_boundary()
-        if self.is_plain and is_update:  # here DeepSpeed keeps no norm
-            self._norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+        is_update, is_finite = self.engine.is_gradient_accumulation_boundary(), True
+        if self.is_plain and is_update:  # here DeepSpeed keeps no norm, and would take any update
+            parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+            self._norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            if not (is_finite := bool(self._norm.isfinite())):
+                self.engine.zero_grad()  # the optimiser passes over what has no gradient
+            elif self._clip:
+                nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
         before = self.engine.skipped_steps
         self.engine.step()
         if is_update:
-            self.skipped = self.skipped + 1 if self.engine.skipped_steps > before else 0
+            self.is_left_out = not is_finite or self.engine.skipped_steps > before
+            self._last_flags, self._flags = self._flags, []
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
-            if not self.skipped:
+            if not self.is_left_out:
                 self._average()
 
     def _average(self) -> None:
@@ -193,6 +209,10 @@ class Engine:
         self.updates += 1
         if self._decay is not None:
             self.state.average(min(self._decay, (1 + self.updates) / (10 + self.updates)))
+
+    def turns_not_finite(self) -> list[int]:
+        """Those backwards of the last update, from 0, whose loss on this rank was no finite number."""
+        return [turn for turn, flag in enumerate(self._last_flags) if not flag]
 
     def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
         """In all the forms that ZeRO keeps: the parameter or this rank's part of it, and the fp32 values behind that."""
@@ -232,6 +252,14 @@ class Engine:
         self.state.spread()
         for key, value in numbers["scaler"].items():
             setattr(self.engine.optimizer.loss_scaler, key, value)
+
+    def copies(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What every rank has a copy of between two steps, by name: the parameters, at stage 3 those that are small enough to stay whole;
+        and buffers, but for BatchNorm's, which each has of its own micro-batches."""
+        for name, parameter in self.engine.module.named_parameters():
+            if self.stage < 3 or parameter.data.numel() == parameter.ds_numel:
+                yield name, parameter.data
+        yield from ((n, b) for n, b in self.engine.module.named_buffers() if not n.endswith(_OWN_BUFFERS))
 
     def agree_on_buffers(self, has_samples: bool) -> None:
         """Average what each rank keeps for itself beside parameters: BatchNorm's running statistics, of its own micro-batches. A rank

@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+import spoilt  # noqa: F401  an objective of the tests
+
 from pipeline.checkpoint import claim_run
 from pipeline.config import load_config
 from pipeline.core.errors import TesseraError

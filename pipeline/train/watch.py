@@ -1,0 +1,227 @@
+"""A rank's own part in finding out who hangs and who lags: it leaves signs of life where a process beside it sees them (`watcher.py`).
+
+    the training thread   `beat` at each thing that it begins: waiting for input, a step, validation, saving
+    a thread              that the process runs at all; and ends it with exit code 33 where the watchers have decided so
+
+The signs lie in memory that both processes have, so that leaving one costs a microsecond, and a rank that is stopped is seen from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import mmap
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.core.errors import ExitCode
+from pipeline.core.progress import say
+from pipeline.core.world import World
+from pipeline.train.watcher import INPUT, SAVING, SIZE, STARTING, STEP, VALIDATING, Signs
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint import Run
+    from pipeline.stream.batches import MicroBatch
+
+__all__ = ["INPUT", "SAVING", "STEP", "VALIDATING", "Lag", "Watch", "beat", "pace", "watched"]
+
+_LOOK_EVERY = 0.5  # seconds
+_LAST_WORDS = 1.0  # seconds that a message may take to whoever shows it
+_DUMP = signal.SIGRTMIN + 5 if hasattr(signal, "SIGRTMIN") else None  # asks for the stacks; the others have meanings of their own
+
+_signs: Signs | None = None  # of this process, while it is watched
+_is_warm = False  # whether a step has been made: the first ones may compile for long
+
+
+def beat(phase: int, step: int | None = None) -> None:
+    """The training thread begins something of this kind; `step` optimiser steps are done."""
+    global _is_warm
+    if _signs is not None:
+        _is_warm = _is_warm or step is not None
+        _signs.beat(phase if _is_warm else STARTING, step)
+
+
+def watched(batches: Generator[MicroBatch, None, None]) -> Generator[MicroBatch, None, None]:
+    """The same, with signs of life, and the time measured that this rank takes by itself."""
+    try:
+        while True:
+            beat(INPUT)
+            pace.wait()
+            batch = next(batches)
+            beat(STEP)
+            pace.begin()
+            yield batch
+    finally:
+        batches.close()
+
+
+class Watch:
+    """While inside, this rank is watched, where there are others that would wait for it. `hang`: seconds after which a rank that does not
+    run has hung; None watches nobody. All ranks enter together."""
+
+    def __init__(self, run: Run, world: World, hang: float | None) -> None:
+        self.run, self.world, self.hang = run, world, hang
+        self._over = threading.Event()
+        self._beside = contextlib.ExitStack()
+
+    def __enter__(self) -> Watch:
+        global _signs, _is_warm
+        if self.hang is None or self.world.size == 1 or _DUMP is None:
+            return self
+        memory = self._beside.enter_context(tempfile.TemporaryFile(prefix="tessera-signs-"))
+        stacks = self._beside.enter_context(tempfile.TemporaryFile(prefix="tessera-stacks-"))
+        memory.truncate(SIZE)
+        _signs, _is_warm = Signs(mmap.mmap(memory.fileno(), SIZE)), False
+        _signs.beat(STARTING, 0)
+        _signs.live()
+        faulthandler.register(_DUMP, file=stacks, all_threads=True)
+        about = {
+            "rank": self.world.rank, "size": self.world.size, "pid": os.getpid(), "host": socket.gethostname(), "hang": self.hang,
+            "signal": int(_DUMP), "signs": memory.fileno(), "stacks": stacks.fileno(),
+            "url": self.run.directory.url, "endpoint": self.run.directory.endpoint,
+        }  # fmt: skip
+        hub = self.world.broadcast((_free_port(), secrets.token_hex(32)) if self.world.is_main else None)
+        about["address"], about["key"] = [os.environ.get("MASTER_ADDR", "127.0.0.1"), hub[0]], hub[1]
+        # Its standard input ends with this process, and so does it; what it is told lies there, where no other user reads it.
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.train.watcher"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(memory.fileno(), stacks.fileno()),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert self._watcher.stdin is not None
+        self._watcher.stdin.write(json.dumps(about).encode() + b"\n")
+        self._watcher.stdin.flush()
+        self._thread = threading.Thread(target=self._live, args=(_signs,), name="watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _signs
+        if _signs is None:
+            return
+        self._over.set()
+        self._thread.join()
+        _signs = None
+        assert self._watcher.stdin is not None and _DUMP is not None
+        self._watcher.stdin.close()
+        try:
+            self._watcher.wait(5)
+        except subprocess.TimeoutExpired:
+            self._watcher.kill()
+        faulthandler.unregister(_DUMP)
+        self._beside.close()
+
+    def _live(self, signs: Signs) -> None:
+        said = ""
+        while not self._over.wait(_LOOK_EVERY):
+            signs.live()
+            is_end, text = signs.verdict()
+            if text and text != said:
+                said = text
+                say(text)
+            if is_end:
+                time.sleep(_LAST_WORDS)
+                os._exit(int(ExitCode.INFRASTRUCTURE))  # the training thread may be where no exception reaches it
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+class Pace:
+    """Seconds that this rank takes by itself, not waiting for others: for its input, and from there to the end of the forward pass. On a
+    GPU the latter is measured by what the GPU does, and read later, so that nobody waits for it."""
+
+    def __init__(self) -> None:
+        self._waited = self._computed = 0.0
+        self._from: float | None = None
+        self._begun: float | None = None
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._event: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        self._from = time.perf_counter()
+
+    def begin(self) -> None:
+        now = time.perf_counter()
+        if self._from is not None:
+            self._waited += now - self._from
+        self._begun = now
+        if torch.cuda.is_available():
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def end(self) -> None:
+        """The gradient of what was begun is about to be computed."""
+        if self._event is not None:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._events.append((self._event, end))
+            self._event = None
+        elif self._begun is not None:
+            self._computed += time.perf_counter() - self._begun
+        self._begun = None
+
+    def read(self) -> float:
+        """Since it was last read; the GPU has done all of it by then."""
+        for first, last in self._events:
+            last.synchronize()
+            self._computed += first.elapsed_time(last) / 1e3
+        seconds = self._waited + self._computed
+        self._waited, self._computed, self._events = 0.0, 0.0, []
+        return seconds
+
+
+pace = Pace()
+
+
+class Lag:
+    """Tells a rank that is slower than the others for some time, for then all wait for it at each step."""
+
+    _LOOKS = 3  # in a row
+
+    def __init__(self, factor: float | None, world: World) -> None:
+        self.factor, self.world = factor, world
+        self._slow: tuple[int, int] = (-1, 0)  # which rank was the slowest, and in how many looks in a row
+
+    def look(self) -> float | None:
+        """All ranks together: how many times as long as the median of the others the slowest takes by itself; None where nobody looks."""
+        if self.factor is None or self.world.size == 1:
+            return None
+        own = [0.0] * self.world.size
+        own[self.world.rank] = pace.read()
+        seconds = self.world.sum(own)
+        return self.judge(seconds)
+
+    def judge(self, seconds: list[float]) -> float:
+        """`seconds` by rank."""
+        assert self.factor is not None
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        others = sorted(seconds[:slowest] + seconds[slowest + 1 :])
+        usual = others[len(others) // 2]
+        ratio = seconds[slowest] / usual if usual > 0 else 1.0
+        rank, looks = self._slow
+        self._slow = (slowest, looks + 1 if rank == slowest else 1) if ratio > self.factor else (-1, 0)
+        if self._slow[1] == self._LOOKS and self.world.is_main:
+            say(
+                f"warning: pretrain: rank {slowest} lags: for its input and the forward pass it takes {ratio:.1f} times as long as the "
+                "others, which wait for it (a slower device, other work on its machine, or slow input)"
+            )
+        return ratio

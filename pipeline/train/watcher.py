@@ -1,0 +1,296 @@
+"""The process beside each rank that sees whether the rank still runs, when the rank itself cannot: python -m pipeline.train.watcher.
+
+    rank ──signs of life──▶ its watcher ──reports──▶ the watcher of rank 0 ──who hangs──▶ all watchers ──stacks, then the end──▶ ranks
+
+A rank has hung where its process does not run (it was stopped, or is stuck in the kernel), for `hang` seconds; or where it has begun
+nothing new for as long as the kind of thing allows. Of several that wait, the one that is furthest behind is the one the others wait for.
+After half of the time each watcher writes its rank's stacks, to standard error and to `stacks/` in the run's directory; after all of it
+the ranks end with exit code 33, and whoever started them may start them again, from the last checkpoint.
+
+It imports nothing but the standard library until there are stacks to keep, so that it takes ten megabytes and starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+STARTING, INPUT, STEP, VALIDATING, SAVING = range(5)
+_DOING = ("starting", "waiting for input", "in a training step", "validating", "saving")
+# How long one thing may take, in multiples of `hang` and in seconds beside: a store may be asked for long, a step may compile once more.
+_LIMITS = {STARTING: (math.inf, 0.0), INPUT: (1, 900.0), STEP: (4, 0.0), VALIDATING: (1, 1800.0), SAVING: (math.inf, 0.0)}
+_LAYOUT = struct.Struct(
+    "<qqqddqq"
+)  # things begun, steps done, phase, when it was begun, when the process ran; whether to end, bytes of text
+_TEXT = 1024  # bytes
+SIZE = _LAYOUT.size + _TEXT
+_TICK = 1.0  # seconds
+_DUMPED = 3.0  # seconds that a rank may take to write its stacks
+_ENDED = 5.0  # seconds that it may take to end
+_PY_SPY = 20.0
+
+
+class Signs:
+    """What a rank and its watcher tell each other, in memory that both have. Each word is written by one of them alone."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._counter = self._step = 0
+
+    def beat(self, phase: int, step: int | None = None) -> None:
+        self._counter += 1
+        self._step = self._step if step is None else step
+        struct.pack_into("<qqqd", self._memory, 0, self._counter, self._step, phase, time.monotonic())
+
+    def live(self) -> None:
+        struct.pack_into("<d", self._memory, 32, time.monotonic())
+
+    def read(self) -> tuple[int, int, int, float, float]:
+        return _LAYOUT.unpack_from(self._memory)[:5]
+
+    def tell(self, text: str, is_end: bool) -> None:
+        data = text.encode()[:_TEXT]
+        self._memory[_LAYOUT.size : _LAYOUT.size + len(data)] = data
+        struct.pack_into("<qq", self._memory, 40, is_end, len(data))
+
+    def verdict(self) -> tuple[bool, str]:
+        is_end, length = struct.unpack_from("<qq", self._memory, 40)
+        return bool(is_end), self._memory[_LAYOUT.size : _LAYOUT.size + length].decode(errors="ignore")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one rank: `counter` things begun, `step` done, `phase`; `idle` seconds since the last was begun; `mute` seconds for which its
+    process has not run; its `state` as the kernel has it; `pid` on `host`."""
+
+    rank: int
+    counter: int
+    step: int
+    phase: int
+    idle: float
+    mute: float
+    state: str
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which ranks hang, `text` says so, `speaker` is the rank that tells people; `is_end`: it is time to end."""
+
+    ranks: list[int] = field(default_factory=list)
+    text: str = ""
+    speaker: int = -1
+    is_end: bool = False
+
+
+def judge(reports: Sequence[Report], hang: float, part: float = 1.0) -> tuple[list[Report], str]:
+    """Those that hang, and what they do, in a clause; nobody where none has for `part` of the time that it may."""
+    stopped = [r for r in reports if r.mute > part * hang and (r.phase != STARTING or r.state == "T")]
+    if stopped:
+        of = {"T": "is stopped", "D": "is stuck in the kernel", "Z": "is dead"}.get(stopped[0].state, "does not run")
+        return stopped, f"{of} and has not run for {stopped[0].mute:.0f} s"
+    if not reports:
+        return [], ""
+    least = min(r.counter for r in reports)
+    behind = [r for r in reports if r.counter == least]
+    times, beside = _LIMITS[behind[0].phase]
+    if all(r.idle > part * (times * hang + beside) for r in behind):
+        return behind, f"has got no further for {behind[0].idle:.0f} s, {_DOING[behind[0].phase]}"
+    return [], ""
+
+
+class Hub:
+    """At the watcher of rank 0: takes reports and gives the verdict."""
+
+    def __init__(self, size: int, hang: float, address: tuple[str, int], key: bytes) -> None:
+        self.size, self.hang = size, hang
+        self._reports: dict[int, Report] = {}
+        self._verdict = Verdict()
+        self._lock = threading.Lock()
+        self._listener = Listener(("", address[1]), backlog=min(size, 4096), authkey=key)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                threading.Thread(target=self._serve, args=(self._listener.accept(),), daemon=True).start()
+            except Exception:  # noqa: BLE001  a stranger, without the key or gone again
+                time.sleep(0.1)
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            while True:
+                report = Report(**json.loads(connection.recv_bytes()))
+                connection.send_bytes(json.dumps(asdict(self.take(report))).encode())
+        except (EOFError, OSError):
+            return  # its rank has ended
+
+    def take(self, report: Report) -> Verdict:
+        with self._lock:
+            self._reports[report.rank] = report
+            if len(self._reports) == self.size and not self._verdict.is_end:
+                self._decide()
+            return self._verdict
+
+    def _decide(self) -> None:
+        reports = list(self._reports.values())
+        for part, is_end in ((1.0, True), (0.5, False)):
+            hung, what = judge(reports, self.hang, part)
+            if hung:
+                named = f"rank{'s' * (len(hung) > 1)} {', '.join(str(r.rank) for r in hung[:8])}{' ..' if len(hung) > 8 else ''}"
+                where = f"{named} ({hung[0].host}, process {hung[0].pid}) {what}"
+                text = (
+                    f"error: pretrain: {where}: the run ends; the same command goes on from the last checkpoint"
+                    if is_end
+                    else f"warning: pretrain: {where}, and all others wait; the stacks of all ranks are written to stacks/ of the run"
+                )
+                ranks = [r.rank for r in hung]
+                speaker = min({r.rank for r in reports if r.mute < 5} - (set(ranks) if len(ranks) < len(reports) else set()), default=-1)
+                if is_end or self._verdict.ranks != ranks:
+                    self._verdict = Verdict(ranks, text, speaker, is_end)
+                return
+        self._verdict = Verdict()
+
+
+class Watcher:
+    """Of one rank; `about` is what that told it."""
+
+    def __init__(self, about: Mapping[str, Any]) -> None:
+        self.about, self.rank, self.pid = about, int(about["rank"]), int(about["pid"])
+        self.signs = Signs(mmap.mmap(about["signs"], SIZE))
+        self._mute, self._at, self._cpu = 0.0, time.monotonic(), -1
+        self._lived = 0.0
+        self._told: list[int] = []
+
+    def report(self) -> Report:
+        counter, step, phase, begun, lived = self.signs.read()
+        now, (state, cpu) = time.monotonic(), _process(self.pid)
+        # Time for which this process stood still as well says nothing: the whole machine did, or somebody stopped all.
+        passed, self._at = min(now - self._at, 2 * _TICK), now
+        runs = lived != self._lived or (cpu != self._cpu and state != "T")
+        self._mute = 0.0 if runs else self._mute + passed
+        self._lived, self._cpu = lived, cpu
+        return Report(self.rank, counter, step, phase, now - begun, self._mute, state, self.pid, self.about["host"])
+
+    def follow(self, verdict: Verdict, report: Report) -> None:
+        if verdict.ranks and verdict.ranks != self._told:
+            self._told = verdict.ranks
+            if verdict.speaker == self.rank:
+                self.signs.tell(verdict.text, False)
+            self._keep(self._stacks(verdict, report), report.step)
+        if verdict.is_end:
+            self.signs.tell(verdict.text if verdict.speaker == self.rank else "", True)
+            self._end()
+
+    def _stacks(self, verdict: Verdict, report: Report) -> str:
+        """What this rank does, as text; Python's own where it runs, read from outside where it does not."""
+        who = f"rank {self.rank} of {self.about['size']}, process {self.pid} on {report.host}"
+        head = f"{who}: {_DOING[report.phase]} after step {report.step}"
+        found = [f"{head}; {'hangs' if self.rank in verdict.ranks else 'waits'} ({verdict.text.partition(': pretrain: ')[2]})"]
+        size = os.fstat(self.about["stacks"]).st_size
+        if report.mute < 2 * _TICK:
+            os.kill(self.pid, self.about["signal"])
+            deadline = time.monotonic() + _DUMPED
+            while time.monotonic() < deadline and os.fstat(self.about["stacks"]).st_size == size:
+                time.sleep(0.1)
+            time.sleep(0.2)  # all of it
+        if written := os.pread(self.about["stacks"], 1 << 20, size).decode(errors="replace"):
+            return "\n".join([*found, written])
+        return "\n".join([*found, _kernel(self.pid), _py_spy(self.pid)])
+
+    def _keep(self, text: str, step: int) -> None:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+        from pipeline.core.storage import Storage
+
+        try:
+            Storage(self.about["url"], self.about["endpoint"]).write(f"stacks/step-{step}-rank-{self.rank:05d}.txt", text.encode())
+        except Exception as e:  # noqa: BLE001  they are on standard error; the run ends all the same
+            sys.stderr.write(f"warning: the stacks of rank {self.rank} could not be kept in the run's directory ({e})\n")
+
+    def _end(self) -> None:
+        deadline = time.monotonic() + _ENDED
+        while time.monotonic() < deadline:
+            if _process(self.pid)[0] in ("", "Z"):
+                return
+            time.sleep(0.1)
+        os.kill(self.pid, signal.SIGKILL)  # the only one that reaches a process that is stopped
+
+
+def _process(pid: int) -> tuple[str, int]:
+    """(state, ticks of processor time) of a process; no state where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return fields[0], int(fields[11]) + int(fields[12])
+
+
+def _kernel(pid: int) -> str:
+    """What the kernel says of a process and its threads."""
+    lines = []
+    for name in ("status", "wchan", "stack"):
+        try:
+            text = Path(f"/proc/{pid}/{name}").read_text()
+        except OSError as e:  # another user's, or a kernel that does not tell
+            text = f"({e.strerror})"
+        wanted = [
+            line for line in text.splitlines() if name != "status" or line.startswith(("State", "Threads", "VmRSS", "SigPnd", "ShdPnd"))
+        ]
+        lines += [f"/proc/{pid}/{name}:", *(f"    {line}" for line in wanted)]
+    return "\n".join(lines)
+
+
+def _py_spy(pid: int) -> str:
+    """Python's stacks read from outside, which needs no help of the process."""
+    command = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if command is None:
+        return "(py-spy is not there to read its Python stacks)"
+    try:
+        done = subprocess.run([command, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=_PY_SPY)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"(py-spy: {e})"
+    return done.stdout if done.returncode == 0 else f"(py-spy: {done.stderr.strip()})"
+
+
+def main() -> None:
+    about = json.loads(sys.stdin.buffer.readline())
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)  # meant for the rank; this one ends when it does
+    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+    watcher, address, key = Watcher(about), (about["address"][0], int(about["address"][1])), bytes.fromhex(about["key"])
+    hub = Hub(about["size"], about["hang"], address, key) if watcher.rank == 0 else None
+    line: Connection | None = None
+    while True:
+        report = watcher.report()
+        try:
+            if hub is not None:
+                verdict = hub.take(report)
+            else:
+                line = line or Client(address, authkey=key)
+                line.send_bytes(json.dumps(asdict(report)).encode())
+                verdict = Verdict(**json.loads(line.recv_bytes()))
+        except (OSError, EOFError):  # rank 0 has not begun, or its machine is gone, which the others' own collectives find out
+            line = None
+        else:
+            watcher.follow(verdict, report)
+        time.sleep(_TICK)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""At each ZeRO stage: one bit of what ranks have copies of changes on the last rank. `torchrun .. flip.py CONFIG RESULTS.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.config import load_config
+from pipeline.core.errors import InfrastructureError
+from pipeline.core.world import World
+from pipeline.models import create
+from pipeline.train.copies import compare
+from pipeline.train.optim import build_optimizer
+from pipeline.train.zero import Engine, join_group
+
+
+def main(config: str, results: Path) -> None:
+    world, found = World.from_environment(), []
+    join_group(world)
+    for precision in ("fp32", "bf16"):
+        for stage in range(4):
+            p = load_config(config, [f"pretrain.zero.stage={stage}", f"pretrain.precision={precision}"]).pretrain
+            assert p is not None
+            model = create("vit", width=16, depth=1, heads=2, patch=4, pixels=8, classes=3)
+            engine = Engine(model, build_optimizer(model, p.optimizer), p, 1, world)
+            images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(world.rank)).to(engine.dtype)
+            engine.backward(engine.module(images).square().mean())
+            engine.step()
+            compare(engine.copies(), world)  # raises nothing: ranks saw other images, and hold the same
+            names = [name for name, _ in engine.copies()]
+            if world.rank == world.size - 1:
+                tensor = dict(engine.copies())[names[-1]]
+                tensor.view(-1)[-1:].view(torch.uint8)[0] ^= 1
+            told = None
+            try:
+                compare(engine.copies(), world)
+            except InfrastructureError as e:
+                told = str(e)
+            found.append([precision, stage, len(names), names[-1], told])
+    if world.is_main:
+        results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,171 @@
+"""Ranks that hang and lag: real processes under torchrun, one of them stopped; and the judgement on reports."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from workshop import Workshop
+
+from pipeline.core.progress import Event, set_sink
+from pipeline.core.storage import Storage
+from pipeline.core.world import World
+from pipeline.train.watch import Lag
+from pipeline.train.watcher import INPUT, SAVING, STARTING, STEP, VALIDATING, Hub, Report, judge
+
+HANG = 6  # seconds
+LIMIT = 60  # for this machine, which may have other work
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., Any]) -> Workshop:
+    root = tmp_path_factory.mktemp("watch")
+    make_dataset(Storage(str(root / "data")), {"train": 50, "test": 11})
+    return Workshop(root)
+
+
+@contextmanager
+def training(shop: Workshop, name: str, *overrides: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Two ranks that train for long, by the command that people would use, and what they say."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    known = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = {**known, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        str(Path(sys.executable).parent / "torchrun"), "--master-port", str(port), "--nproc-per-node", "2",
+        "-m", "pipeline.train.worker", str(shop.root / "config.yaml"), f"name={name}", "pretrain.duration=100000 steps",
+        "pretrain.log=10 steps", "pretrain.save.every=20 steps", "pretrain.validate=null", f"pretrain.guard.hang={HANG} seconds",
+        f"tracking.uri=sqlite:///{shop.root}/mlflow.db", *overrides,
+    ]  # fmt: skip
+    said = shop.root / f"{name}.log"
+    with said.open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        try:
+            yield process, said
+        finally:
+            for each in (
+                [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)] if process.poll() is None else []
+            ):
+                each.kill()
+            process.wait()
+
+
+def ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """In their order."""
+    found = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "pipeline.train.worker" in p.cmdline() and "RANK" in p.environ()
+    ]
+    own = [p for p in found if p.ppid() == process.pid]
+    return sorted(own, key=lambda p: int(p.environ()["RANK"]))
+
+
+def await_line(said: Path, pattern: str, seconds: float) -> re.Match[str]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := re.search(pattern, said.read_text(errors="replace")):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"nobody said {pattern!r}: {said.read_text(errors='replace')[-3000:]}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_is_found_and_named(shop: Workshop, rank: int) -> None:
+    with training(shop, f"stopped-{rank}") as (process, said):
+        await_line(said, r"pretrain .* loss", 180)
+        stopped = ranks(process)[rank]
+        stopped.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        await_line(
+            said,
+            rf"warning: pretrain: rank {rank} \(.*, process {stopped.pid}\) is stopped and has not run for \d s, and all others",
+            LIMIT,
+        )
+        await_line(said, rf"error: pretrain: rank {rank} .* the run ends; the same command goes on from the last checkpoint", LIMIT)
+        process.wait(LIMIT)
+        assert time.monotonic() - began < LIMIT
+    assert re.search(rf"exitcode\s+: {'-9' if rank == 0 else '33'}|exitcode: 33", said.read_text()), said.read_text()[-2000:]
+    stacks = {path.name: path.read_text() for path in (shop.root / "runs" / f"stopped-{rank}" / "stacks").iterdir()}
+    texts = [next(text for name, text in stacks.items() if name.endswith(f"rank-0000{r}.txt")) for r in (0, 1)]
+    assert "waits (rank" in texts[1 - rank] and "loop.py" in texts[1 - rank], "its own, by itself"
+    assert "hangs (rank" in texts[rank] and "State:\tT (stopped)" in texts[rank]
+    assert "loop.py" in texts[rank], "read from outside"
+
+
+def report(rank: int, counter: int = 100, phase: int = STEP, idle: float = 1.0, mute: float = 0.0, state: str = "S") -> Report:
+    return Report(rank, counter, 10, phase, idle, mute, state, 1000 + rank, f"host-{rank}")
+
+
+@pytest.mark.parametrize(
+    ("reports", "hung", "what"),
+    [
+        ([report(0), report(1)], [], ""),
+        ([report(0, idle=95), report(1, idle=95, mute=95, state="T")], [1], "is stopped and has not run for 95 s"),
+        ([report(0, idle=95), report(1, idle=95, mute=95, state="D")], [1], "is stuck in the kernel"),
+        ([report(0, idle=95), report(1, idle=95, mute=80, state="T")], [], ""),
+        ([report(0, idle=370), report(1, 99, idle=371)], [1], "has got no further for 371 s, in a training step"),
+        ([report(0, idle=370), report(1, 99, idle=300)], [], ""),
+        ([report(0, idle=1e4), report(1, 99, INPUT, idle=900)], [], ""),  # a store may be away for a while, and all wait for this one
+        ([report(0, idle=1e4), report(1, 99, INPUT, idle=1000)], [1], "waiting for input"),
+        ([report(0, idle=1e4), report(1, 99, VALIDATING, idle=1800)], [], ""),
+        ([report(0, idle=1e6), report(1, 99, SAVING, idle=1e6)], [], ""),  # `save.patience` ends that
+        ([report(r, 3, STARTING, idle=1e5, mute=200) for r in range(2)], [], ""),  # compiles, and holds on to the interpreter
+        ([report(0, 3, STARTING), report(1, 3, STARTING, mute=91, state="T")], [1], "is stopped"),
+        ([report(r, idle=361) for r in range(3)], [0, 1, 2], "in a training step"),
+    ],
+)  # fmt: skip
+def test_who_hangs(reports: list[Report], hung: list[int], what: str) -> None:
+    found, told = judge(reports, 90)
+    assert [r.rank for r in found] == hung and what in told
+
+
+def test_the_hub_warns_and_then_ends(free_port: int) -> None:
+    hub = Hub(3, 90, ("127.0.0.1", free_port), b"key")
+    assert not hub.take(report(0)).ranks and not hub.take(report(1, mute=200, state="T")).ranks, "not before all have told"
+    first = hub.take(report(2))
+    assert (
+        first.is_end
+        and first.ranks == [1]
+        and first.speaker == 0
+        and first.text.startswith("error: pretrain: rank 1 (host-1, process 1001)")
+    )
+    other = Hub(2, 90, ("127.0.0.1", 0), b"key")
+    other.take(report(0, mute=50, state="T"))
+    warned = other.take(report(1))
+    assert not warned.is_end and warned.ranks == [0] and warned.speaker == 1 and "stacks of all ranks are written" in warned.text
+    other.take(report(0))
+    assert not other.take(report(1)).ranks, "it goes on"
+
+
+def test_who_lags() -> None:
+    said: list[Event] = []
+    set_sink(said.append)
+    try:
+        lag = Lag(1.5, World(0, 4))
+        assert lag.judge([1.0, 1.1, 0.9, 1.2]) == pytest.approx(1.2)
+        for _ in range(2):
+            assert lag.judge([1.0, 2.2, 1.0, 1.1]) == pytest.approx(2.2)
+        assert not said
+        lag.judge([1.0, 2.0, 1.0, 1.1])
+        lag.judge([1.0, 2.0, 1.0, 1.1])
+        assert len(said) == 1 and "rank 1 lags: for its input and the forward pass it takes 2.0 times as long" in said[0].text
+        lag.judge([1.0, 1.0, 1.0, 1.1])
+        for _ in range(3):
+            lag.judge([1.0, 9.0, 1.0, 1.1])
+        assert len(said) == 2, "again, after it had not"
+        assert Lag(None, World(0, 4)).look() is None and Lag(1.5, World()).look() is None
+    finally:
+        set_sink(None)
