@@ -65,29 +65,36 @@ FEW = 4  # steps of these
 
 
 @dataclass
-class Parts:
-    """What the loop works with."""
+class Task:
+    """A model, what it is to learn from, and no engine."""
 
     config: Config
     world: World
-    stage: int
 
     def __post_init__(self) -> None:
         run, p = claim_run(self.config), self.config.pretrain
         assert p is not None
-        self.p = p.model_copy(update={"zero": p.zero.model_copy(update={"stage": self.stage})})
+        self.p = p
         data = open_collection(run.data, p.split, None)
         prepared = prepare_inputs(run, data, self.world)
-        model = build(p.model.name, options_of(p, len(data.classes), prepared), seed=1)
+        self.model = build(p.model.name, options_of(p, len(data.classes), prepared), seed=1)
         self.stream = open_stream(
             data, global_batch=p.batch, micro_batch=p.micro_batch, rank=self.world.rank, world_size=self.world.size, workers=0, seed=3,
             image=p.image, tokenizer=prepared.tokenizer, text_length=prepared.context,
         )  # fmt: skip
-        self.engine = Engine(model, build_optimizer(model, p.optimizer), self.p, self.stream.rounds, self.world)
-        assert any("forward" in vars(block) for block in blocks_of(model)) == p.recompute, "what is asked for is done"
-        inputs = open_inputs(self.config, prepared, data.classes, self.engine.dtype, self.world.device)
+        inputs = open_inputs(self.config, prepared, data.classes, torch.float32, self.world.device)
         self.objective = build_objective(p.objective.name, p.objective.arguments, inputs)
         self.batches = iter(self.stream)
+
+
+class Parts(Task):
+    """What the loop works with."""
+
+    def __init__(self, config: Config, world: World, stage: int) -> None:
+        super().__init__(config, world)
+        p = self.p.model_copy(update={"zero": self.p.zero.model_copy(update={"stage": stage})})
+        self.engine = Engine(self.model, build_optimizer(self.model, p.optimizer), p, self.stream.rounds, world)
+        assert any("forward" in vars(block) for block in blocks_of(self.model)) == p.recompute, "what is asked for is done"
 
     def step(self) -> float:
         totals = accumulate(self.engine, self.objective, self.batches, self.stream, 3, Clock())
@@ -147,7 +154,7 @@ def main(config: str, results: str) -> None:
                 found[f"{name}{stage}-{micro}"] = [loss, {key: (w - before[key]).tolist() for key, w in parts.weights().items()}]
     parts = Parts(load_config(config, ["name=statistics", *STATISTICS]), world, 0)
     parts.step()
-    buffers = dict(parts.engine.engine.module.named_buffers())
+    buffers = dict(parts.model.named_buffers())
     found["statistics"] = {name: buffer.tolist() for name, buffer in buffers.items() if name.startswith("visual.bn1.")}
     if world.is_main:
         Path(results).write_text(json.dumps(found))
