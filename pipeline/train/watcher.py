@@ -274,7 +274,13 @@ def main() -> None:
         signal.signal(each, signal.SIG_IGN)  # meant for the rank; this one ends when it does
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
     watcher, address, key = Watcher(about), (about["address"][0], int(about["address"][1])), bytes.fromhex(about["key"])
-    hub = Hub(about["size"], about["hang"], address, key) if watcher.rank == 0 else None
+    try:
+        hub = Hub(about["size"], about["hang"], address, key) if watcher.rank == 0 else None
+    except OSError as e:
+        watcher.signs.tell(
+            f"warning: pretrain.guard.hang: nobody watches for ranks that hang, port {address[1]} cannot be had ({e})", False
+        )
+        return
     line: Connection | None = None
     while True:
         report = watcher.report()
