@@ -7,7 +7,7 @@ nothing new for as long as the kind of thing allows. Of several that wait, the o
 After half of the time each watcher writes its rank's stacks, to standard error and to `stacks/` in the run's directory; after all of it
 the ranks end with exit code 33, and whoever started them may start them again, from the last checkpoint.
 
-It imports nothing but the standard library until there are stacks to keep, so that it takes ten megabytes and starts at once.
+It imports little but the standard library until there are stacks to keep, so that it takes ten megabytes and starts at once.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import json
 import math
 import mmap
 import os
-import shutil
 import signal
 import struct
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
 from typing import Any
+
+from pipeline.train.stacks import kernel_stacks, process_state, python_stacks
 
 STARTING, INPUT, STEP, VALIDATING, SAVING = range(5)
 _DOING = ("starting", "waiting for input", "in a training step", "validating", "saving")
@@ -41,7 +40,6 @@ SIZE = _LAYOUT.size + _TEXT
 _TICK = 1.0  # seconds
 _DUMPED = 3.0  # seconds that a rank may take to write its stacks
 _ENDED = 5.0  # seconds that it may take to end
-_PY_SPY = 20.0
 
 
 class Signs:
@@ -179,7 +177,7 @@ class Watcher:
 
     def report(self) -> Report:
         counter, step, phase, begun, lived = self.signs.read()
-        now, (state, cpu) = time.monotonic(), _process(self.pid)
+        now, (state, cpu) = time.monotonic(), process_state(self.pid)
         # Time for which this process stood still as well says nothing: the whole machine did, or somebody stopped all.
         passed, self._at = min(now - self._at, 2 * _TICK), now
         runs = lived != self._lived or (cpu != self._cpu and state != "T")
@@ -211,7 +209,7 @@ class Watcher:
             time.sleep(0.2)  # all of it
         if written := os.pread(self.about["stacks"], 1 << 20, size).decode(errors="replace"):
             return "\n".join([*found, written])
-        return "\n".join([*found, _kernel(self.pid), _py_spy(self.pid)])
+        return "\n".join([*found, kernel_stacks(self.pid), python_stacks(self.pid)])
 
     def _keep(self, text: str, step: int) -> None:
         sys.stderr.write(f"{text}\n")
@@ -226,46 +224,10 @@ class Watcher:
     def _end(self) -> None:
         deadline = time.monotonic() + _ENDED
         while time.monotonic() < deadline:
-            if _process(self.pid)[0] in ("", "Z"):
+            if process_state(self.pid)[0] in ("", "Z"):
                 return
             time.sleep(0.1)
         os.kill(self.pid, signal.SIGKILL)  # the only one that reaches a process that is stopped
-
-
-def _process(pid: int) -> tuple[str, int]:
-    """(state, ticks of processor time) of a process; no state where it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", 0
-    return fields[0], int(fields[11]) + int(fields[12])
-
-
-def _kernel(pid: int) -> str:
-    """What the kernel says of a process and its threads."""
-    lines = []
-    for name in ("status", "wchan", "stack"):
-        try:
-            text = Path(f"/proc/{pid}/{name}").read_text()
-        except OSError as e:  # another user's, or a kernel that does not tell
-            text = f"({e.strerror})"
-        wanted = [
-            line for line in text.splitlines() if name != "status" or line.startswith(("State", "Threads", "VmRSS", "SigPnd", "ShdPnd"))
-        ]
-        lines += [f"/proc/{pid}/{name}:", *(f"    {line}" for line in wanted)]
-    return "\n".join(lines)
-
-
-def _py_spy(pid: int) -> str:
-    """Python's stacks read from outside, which needs no help of the process."""
-    command = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if command is None:
-        return "(py-spy is not there to read its Python stacks)"
-    try:
-        done = subprocess.run([command, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=_PY_SPY)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return f"(py-spy: {e})"
-    return done.stdout if done.returncode == 0 else f"(py-spy: {done.stderr.strip()})"
 
 
 def main() -> None:
