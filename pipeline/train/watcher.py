@@ -52,21 +52,21 @@ class Signs:
     def beat(self, phase: int, step: int | None = None) -> None:
         self._counter += 1
         self._step = self._step if step is None else step
-        struct.pack_into("<qqqd", self._memory, 0, self._counter, self._step, phase, time.monotonic())
+        struct.pack_into("<qqq", self._memory, 0, self._counter, self._step, phase)
 
     def live(self) -> None:
-        struct.pack_into("<d", self._memory, 32, time.monotonic())
+        struct.pack_into("<d", self._memory, 24, time.monotonic())
 
-    def read(self) -> tuple[int, int, int, float, float]:
-        return _LAYOUT.unpack_from(self._memory)[:5]
+    def read(self) -> tuple[int, int, int, float]:
+        return _LAYOUT.unpack_from(self._memory)[:4]
 
     def tell(self, text: str, is_end: bool) -> None:
         data = text.encode()[:_TEXT]
         self._memory[_LAYOUT.size : _LAYOUT.size + len(data)] = data
-        struct.pack_into("<qq", self._memory, 40, is_end, len(data))
+        struct.pack_into("<qq", self._memory, 32, is_end, len(data))
 
     def verdict(self) -> tuple[bool, str]:
-        is_end, length = struct.unpack_from("<qq", self._memory, 40)
+        is_end, length = struct.unpack_from("<qq", self._memory, 32)
         return bool(is_end), self._memory[_LAYOUT.size : _LAYOUT.size + length].decode(errors="ignore")
 
 
@@ -171,19 +171,20 @@ class Watcher:
     def __init__(self, about: Mapping[str, Any]) -> None:
         self.about, self.rank, self.pid = about, int(about["rank"]), int(about["pid"])
         self.signs = Signs(mmap.mmap(about["signs"], SIZE))
-        self._mute, self._at, self._cpu = 0.0, time.monotonic(), -1
-        self._lived = 0.0
+        self._idle = self._mute = 0.0
+        self._at, self._cpu, self._lived, self._counter = time.monotonic(), -1, 0.0, -1
         self._told: list[int] = []
 
     def report(self) -> Report:
-        counter, step, phase, begun, lived = self.signs.read()
+        counter, step, phase, lived = self.signs.read()
         now, (state, cpu) = time.monotonic(), process_state(self.pid)
-        # Time for which this process stood still as well says nothing: the whole machine did, or somebody stopped all.
+        # Time for which this process stood still as well does not count: the whole machine did, or somebody stopped all.
         passed, self._at = min(now - self._at, 2 * _TICK), now
         runs = lived != self._lived or (cpu != self._cpu and state != "T")
         self._mute = 0.0 if runs else self._mute + passed
-        self._lived, self._cpu = lived, cpu
-        return Report(self.rank, counter, step, phase, now - begun, self._mute, state, self.pid, self.about["host"])
+        self._idle = 0.0 if counter != self._counter else self._idle + passed
+        self._lived, self._cpu, self._counter = lived, cpu, counter
+        return Report(self.rank, counter, step, phase, self._idle, self._mute, state, self.pid, self.about["host"])
 
     def follow(self, verdict: Verdict, report: Report) -> None:
         if verdict.ranks and verdict.ranks != self._told:
