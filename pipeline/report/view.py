@@ -183,6 +183,9 @@ def _facts(config: Config, card: ModelCard | None, manifest: Manifest | None, hi
     if history:
         facts.append(("steps", f"{max(row['step'] for row in history):,.0f}"))
         facts.append(("images seen", format_count(max(row.get("samples", 0) for row in history))))
+        for what, name in (("updates left out", "guard/skipped_steps"), ("went back", "guard/rewinds")):
+            if count := max(row.get(name, 0) for row in history):
+                facts.append((what, f"{count:,.0f}"))
     if manifest:
         facts.append(("images", f"{manifest.written:,}"))
         facts.append(("classes", f"{len(manifest.classes):,}"))

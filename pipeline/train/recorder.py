@@ -16,6 +16,7 @@ from pipeline.config import fingerprint
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import Diverged
 from pipeline.core.progress import Progress, say
+from pipeline.core.retry import insist
 from pipeline.core.tracking import Tracker
 from pipeline.core.units import Duration, format_count
 from pipeline.core.world import World
@@ -121,7 +122,8 @@ class Recorder:
         """
         self.keeper.settle()
         checkpoints = self.saver.checkpoints
-        commits = on_main(self.world, checkpoints.commits)
+        told = f"warning: pretrain: going back from step {step:,}"
+        commits = on_main(self.world, lambda: insist(checkpoints.commits, self.saver.patience, lambda text: say(f"{told}: {text}")))
         chosen = self.guard.choose(commits, step, what)
         if self.world.is_main:
             for newer in commits[commits.index(chosen) + 1 :]:

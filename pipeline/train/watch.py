@@ -150,6 +150,7 @@ class Pace:
     GPU the latter is measured by what the GPU does, and read later, so that nobody waits for it."""
 
     def __init__(self) -> None:
+        self.is_on = False  # whether somebody reads it
         self._waited = self._computed = 0.0
         self._from: float | None = None
         self._begun: float | None = None
@@ -160,6 +161,8 @@ class Pace:
         self._from = time.perf_counter()
 
     def begin(self) -> None:
+        if not self.is_on:
+            return
         now = time.perf_counter()
         if self._from is not None:
             self._waited += now - self._from
@@ -199,6 +202,7 @@ class Lag:
 
     def __init__(self, factor: float | None, world: World) -> None:
         self.factor, self.world = factor, world
+        pace.is_on = factor is not None and world.size > 1
         self._slow: tuple[int, int] = (-1, 0)  # which rank was the slowest, and in how many looks in a row
 
     def look(self) -> float | None:

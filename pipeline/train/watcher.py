@@ -7,7 +7,7 @@ nothing new for as long as the kind of thing allows. Of several that wait, the o
 After half of the time each watcher writes its rank's stacks, to standard error and to `stacks/` in the run's directory; after all of it
 the ranks end with exit code 33, and whoever started them may start them again, from the last checkpoint.
 
-It imports nothing but the standard library until there are stacks to keep, so that it takes ten megabytes and starts at once.
+It imports little but the standard library until there are stacks to keep, so that it takes ten megabytes and starts at once.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import json
 import math
 import mmap
 import os
-import shutil
 import signal
 import struct
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
 from typing import Any
+
+from pipeline.train.stacks import kernel_stacks, process_state, python_stacks
 
 STARTING, INPUT, STEP, VALIDATING, SAVING = range(5)
 _DOING = ("starting", "waiting for input", "in a training step", "validating", "saving")
@@ -41,7 +40,6 @@ SIZE = _LAYOUT.size + _TEXT
 _TICK = 1.0  # seconds
 _DUMPED = 3.0  # seconds that a rank may take to write its stacks
 _ENDED = 5.0  # seconds that it may take to end
-_PY_SPY = 20.0
 
 
 class Signs:
@@ -54,21 +52,21 @@ class Signs:
     def beat(self, phase: int, step: int | None = None) -> None:
         self._counter += 1
         self._step = self._step if step is None else step
-        struct.pack_into("<qqqd", self._memory, 0, self._counter, self._step, phase, time.monotonic())
+        struct.pack_into("<qqq", self._memory, 0, self._counter, self._step, phase)
 
     def live(self) -> None:
-        struct.pack_into("<d", self._memory, 32, time.monotonic())
+        struct.pack_into("<d", self._memory, 24, time.monotonic())
 
-    def read(self) -> tuple[int, int, int, float, float]:
-        return _LAYOUT.unpack_from(self._memory)[:5]
+    def read(self) -> tuple[int, int, int, float]:
+        return _LAYOUT.unpack_from(self._memory)[:4]
 
     def tell(self, text: str, is_end: bool) -> None:
         data = text.encode()[:_TEXT]
         self._memory[_LAYOUT.size : _LAYOUT.size + len(data)] = data
-        struct.pack_into("<qq", self._memory, 40, is_end, len(data))
+        struct.pack_into("<qq", self._memory, 32, is_end, len(data))
 
     def verdict(self) -> tuple[bool, str]:
-        is_end, length = struct.unpack_from("<qq", self._memory, 40)
+        is_end, length = struct.unpack_from("<qq", self._memory, 32)
         return bool(is_end), self._memory[_LAYOUT.size : _LAYOUT.size + length].decode(errors="ignore")
 
 
@@ -173,19 +171,20 @@ class Watcher:
     def __init__(self, about: Mapping[str, Any]) -> None:
         self.about, self.rank, self.pid = about, int(about["rank"]), int(about["pid"])
         self.signs = Signs(mmap.mmap(about["signs"], SIZE))
-        self._mute, self._at, self._cpu = 0.0, time.monotonic(), -1
-        self._lived = 0.0
+        self._idle = self._mute = 0.0
+        self._at, self._cpu, self._lived, self._counter = time.monotonic(), -1, 0.0, -1
         self._told: list[int] = []
 
     def report(self) -> Report:
-        counter, step, phase, begun, lived = self.signs.read()
-        now, (state, cpu) = time.monotonic(), _process(self.pid)
-        # Time for which this process stood still as well says nothing: the whole machine did, or somebody stopped all.
+        counter, step, phase, lived = self.signs.read()
+        now, (state, cpu) = time.monotonic(), process_state(self.pid)
+        # Time for which this process stood still as well does not count: the whole machine did, or somebody stopped all.
         passed, self._at = min(now - self._at, 2 * _TICK), now
         runs = lived != self._lived or (cpu != self._cpu and state != "T")
         self._mute = 0.0 if runs else self._mute + passed
-        self._lived, self._cpu = lived, cpu
-        return Report(self.rank, counter, step, phase, now - begun, self._mute, state, self.pid, self.about["host"])
+        self._idle = 0.0 if counter != self._counter else self._idle + passed
+        self._lived, self._cpu, self._counter = lived, cpu, counter
+        return Report(self.rank, counter, step, phase, self._idle, self._mute, state, self.pid, self.about["host"])
 
     def follow(self, verdict: Verdict, report: Report) -> None:
         if verdict.ranks and verdict.ranks != self._told:
@@ -211,7 +210,7 @@ class Watcher:
             time.sleep(0.2)  # all of it
         if written := os.pread(self.about["stacks"], 1 << 20, size).decode(errors="replace"):
             return "\n".join([*found, written])
-        return "\n".join([*found, _kernel(self.pid), _py_spy(self.pid)])
+        return "\n".join([*found, kernel_stacks(self.pid), python_stacks(self.pid)])
 
     def _keep(self, text: str, step: int) -> None:
         sys.stderr.write(f"{text}\n")
@@ -226,46 +225,10 @@ class Watcher:
     def _end(self) -> None:
         deadline = time.monotonic() + _ENDED
         while time.monotonic() < deadline:
-            if _process(self.pid)[0] in ("", "Z"):
+            if process_state(self.pid)[0] in ("", "Z"):
                 return
             time.sleep(0.1)
         os.kill(self.pid, signal.SIGKILL)  # the only one that reaches a process that is stopped
-
-
-def _process(pid: int) -> tuple[str, int]:
-    """(state, ticks of processor time) of a process; no state where it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", 0
-    return fields[0], int(fields[11]) + int(fields[12])
-
-
-def _kernel(pid: int) -> str:
-    """What the kernel says of a process and its threads."""
-    lines = []
-    for name in ("status", "wchan", "stack"):
-        try:
-            text = Path(f"/proc/{pid}/{name}").read_text()
-        except OSError as e:  # another user's, or a kernel that does not tell
-            text = f"({e.strerror})"
-        wanted = [
-            line for line in text.splitlines() if name != "status" or line.startswith(("State", "Threads", "VmRSS", "SigPnd", "ShdPnd"))
-        ]
-        lines += [f"/proc/{pid}/{name}:", *(f"    {line}" for line in wanted)]
-    return "\n".join(lines)
-
-
-def _py_spy(pid: int) -> str:
-    """Python's stacks read from outside, which needs no help of the process."""
-    command = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if command is None:
-        return "(py-spy is not there to read its Python stacks)"
-    try:
-        done = subprocess.run([command, "dump", "--nonblocking", "--pid", str(pid)], capture_output=True, text=True, timeout=_PY_SPY)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return f"(py-spy: {e})"
-    return done.stdout if done.returncode == 0 else f"(py-spy: {done.stderr.strip()})"
 
 
 def main() -> None:
@@ -274,7 +237,13 @@ def main() -> None:
         signal.signal(each, signal.SIG_IGN)  # meant for the rank; this one ends when it does
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
     watcher, address, key = Watcher(about), (about["address"][0], int(about["address"][1])), bytes.fromhex(about["key"])
-    hub = Hub(about["size"], about["hang"], address, key) if watcher.rank == 0 else None
+    try:
+        hub = Hub(about["size"], about["hang"], address, key) if watcher.rank == 0 else None
+    except OSError as e:
+        watcher.signs.tell(
+            f"warning: pretrain.guard.hang: nobody watches for ranks that hang, port {address[1]} cannot be had ({e})", False
+        )
+        return
     line: Connection | None = None
     while True:
         report = watcher.report()

@@ -160,16 +160,23 @@ def test_rank_stopped(lab: Lab, unbroken: list[Row], told: Told) -> None:
     told |= {"lost": 0, "seconds": standstill(run, moment), "losses": check_run(run, unbroken, STEPS, SAME_SIZE)}
 
 
-@pytest.mark.fault("SIGSTOP of a rank for good", "one of two on one machine: it does not answer for 60 s, and a new group goes on")
+@pytest.mark.fault(
+    "SIGSTOP of a rank for good",
+    "one of two on one machine: it is named, its stack kept, it does not answer for 60 s, and a new group goes on",
+)
 def test_rank_stopped_for_good(here: Here, unbroken_here: list[Row], told: Told) -> None:
     values = here.config("stopped")
     with running(here.start(values)) as job:
         moment = job.at_step(AT)
         job.ranks()[-1].suspend()
+        job.until_says("is stopped and has not run for", moment)
         found = job.until_says("starting 2 workers", moment)
         assert found.at - moment.at < 120
         job.ends_with(0)
     run = here.run(values)
+    stacks = {name: run.directory.read(f"stacks/{name}").decode() for name in run.directory.names("stacks")}
+    assert len(stacks) == 2 and sum("T (stopped)" in text for text in stacks.values()) == 1
+    assert all("loop.py" in text for text in stacks.values()), "of the one that is stopped too"
     told |= loss_of(job, moment, run) | {"losses": check_run(run, unbroken_here, STEPS_HERE, SAME_SIZE)}
 
 

@@ -180,6 +180,16 @@ def test_what_a_dead_job_lost_is_known_as_the_next_one_begins() -> None:
     assert (said_so.seconds["lost"], said_so.failures) == (55.0, 1)
 
 
+def test_what_a_job_took_back_itself_is_lost() -> None:
+    """It went wrong, went back to a checkpoint and on: 100 s, 10 of them to start, 20 of input, 5 for saves, 25 on what did not stay."""
+    spent = {"starting": 10.0, "waiting": 20.0, "saving": 5.0, "lost": 25.0, "productive": 38.0, "seconds": 100.0}
+    job = make_job(first=0, step=30, steps=30, commits=[(10, 12.0), (30, 38.0)], end=FINISHED, **spent)
+    goodput = summarise([Job.parse(job.to_json())])
+    assert (goodput.seconds["productive"], goodput.seconds["lost"], goodput.whole) == (40.0, 25.0, 100.0)
+    died = summarise([replace(job, end=FAILED)])
+    assert died.seconds["productive"] == 38.0 and died.seconds["lost"] == 27.0 and died.whole == 100.0
+
+
 def test_beginning_again_loses_all_that_was_before() -> None:
     found = summarise([DIED, replace(SECOND, first=0, origin=None, step=100)])
     assert found.seconds["lost"] == 155.0 and found.seconds["productive"] == 110.0

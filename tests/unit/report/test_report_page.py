@@ -17,6 +17,7 @@ from pipeline.evaluate import read_results
 from pipeline.report import build_report, write_report
 from pipeline.report.page import _percent
 from pipeline.report.pictures import choose_right, choose_wrong
+from pipeline.report.view import _facts
 
 COMMAND = "python launch/submit.py configs/tiny.yaml"
 
@@ -52,6 +53,12 @@ def read(page: str) -> Reader:
     reader.feed(page)
     assert reader.open == []
     return reader
+
+
+def test_what_the_guard_did_is_among_the_facts(config: Config) -> None:
+    rows = [{"step": 3, "samples": 24, "guard/skipped_steps": 4, "guard/rewinds": 0}, {"step": 9, "samples": 72, "train/loss": 1.0}]
+    facts = dict(_facts(config, None, None, rows))
+    assert facts["updates left out"] == "4" and "went back" not in facts and facts["steps"] == "9"
 
 
 @pytest.fixture(scope="module")

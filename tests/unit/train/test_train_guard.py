@@ -285,10 +285,24 @@ def test_no_judgement_without_a_past() -> None:
     assert spikes.is_high(1.3) and not Spikes(None, 100, [1.0] * 60).is_high(1e9)
 
 
-def test_small_and_first_steps_of_a_real_training(shop: Workshop, alone: object) -> None:
-    """Its losses again and again: the first steps, where the learning rate warms up, among them."""
-    real = [loss for _, loss in sorted(losses(shop, "one").items())]
-    assert judge(np.array(real * 20), Guard(Section(window=10))) is None
+@pytest.fixture(scope="module")
+def healthy(shop: Workshop) -> list[list[str] | None]:
+    """Whole trainings with the guard as it is by default: a usual one, and one at ten times the rate without a warm-up."""
+    whole = ["pretrain.duration=160 steps", "pretrain.save.every=80 steps", "pretrain.validate=null"]
+    rash = ["pretrain.optimizer={lr: 0.05, clip: 1.0}", "pretrain.schedule=constant"]
+    return shop.train(1, [shop.job("usual", *whole), shop.job("rash", *whole, *rash)])
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "usual"), (1, "rash")])
+def test_no_healthy_training_is_taken_for_a_bad_one(shop: Workshop, healthy: list[list[str] | None], number: int, name: str) -> None:
+    assert healthy[number] is None
+    rows = shop.rows(name)
+    assert len(rows) == 160 and not any("guard/rewinds" in row for row in rows)
+    real = np.array([loss for _, loss in sorted(losses(shop, name).items())])
+    for window in (10, 30, 100):  # others would not have been either
+        assert judge(real, Guard(Section(window=window))) is None
+    real[120:] += 2 * math.log(3)  # three classes
+    assert judge(real) == 122
 
 
 def test_a_state_decides_as_the_unbroken_one() -> None:

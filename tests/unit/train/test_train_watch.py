@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from pipeline.core.progress import Event, set_sink
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.train.watch import Lag
-from pipeline.train.watcher import INPUT, SAVING, STARTING, STEP, VALIDATING, Hub, Report, judge
+from pipeline.train.watcher import INPUT, SAVING, SIZE, STARTING, STEP, VALIDATING, Hub, Report, Signs, Watcher, judge
 
 HANG = 6  # seconds
 LIMIT = 60  # for this machine, which may have other work
@@ -148,6 +150,50 @@ def test_the_hub_warns_and_then_ends(free_port: int) -> None:
     assert not warned.is_end and warned.ranks == [0] and warned.speaker == 1 and "stacks of all ranks are written" in warned.text
     other.take(report(0))
     assert not other.take(report(1)).ranks, "it goes on"
+
+
+def test_time_for_which_all_stood_still_does_not_count() -> None:
+    """Somebody stopped the whole job and had it go on: the ranks, and those that watch them."""
+    with tempfile.TemporaryFile() as memory:
+        memory.truncate(SIZE)
+        signs = Signs(mmap.mmap(memory.fileno(), SIZE))
+        signs.beat(STEP, 7)
+        signs.live()
+        watcher = Watcher({"rank": 3, "pid": os.getpid(), "signs": memory.fileno(), "host": "here"})
+        first = watcher.report()
+        assert (first.rank, first.counter, first.step, first.phase, first.idle, first.mute) == (3, 1, 7, STEP, 0, 0)
+        watcher._at -= 600
+        assert 1 < watcher.report().idle <= 2
+        watcher._at -= 1
+        assert watcher.report().idle > 2, "time goes on"
+        signs.beat(INPUT)
+        assert watcher.report().idle == 0
+        signs.tell("warning: é", True)
+        assert signs.verdict() == (True, "warning: é") and watcher.report().counter == 2
+
+
+def test_a_rank_that_runs_is_not_mute_though_it_keeps_the_interpreter() -> None:
+    """It uses its processor; one that is stopped does not."""
+    with tempfile.TemporaryFile() as memory:
+        memory.truncate(SIZE)
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            watcher = Watcher({"rank": 0, "pid": busy.pid, "signs": memory.fileno(), "host": "here"})
+            watcher.report()
+            for _ in range(100):
+                time.sleep(0.2)
+                if watcher.report().mute == 0:
+                    break
+            else:
+                raise AssertionError("it never ran")
+            busy.send_signal(signal.SIGSTOP)
+            time.sleep(0.5)
+            watcher.report()
+            time.sleep(1)
+            assert (stopped := watcher.report()).mute > 0.9 and stopped.state == "T"
+        finally:
+            busy.kill()
+            busy.wait()
 
 
 def test_who_lags() -> None:

@@ -147,6 +147,8 @@ def test_three_ranks_are_one_run_in_mlflow(shop: Workshop, three: str) -> None:
     assert len(runs) == 1 and runs[0].info.status == "FINISHED" and runs[0].data.params["pretrain.batch"] == "20"
     sent = [(m.step, m.value) for m in client.get_metric_history(runs[0].info.run_id, "train/loss")]
     assert sent == [(r["step"], r["train/loss"]) for r in shop.rows("three") if "train/loss" in r]
+    slowest = client.get_metric_history(runs[0].info.run_id, "guard/slowest_rank")
+    assert len(slowest) == len(sent) and all(m.value >= 1 for m in slowest)
 
 
 def test_bf16_learns(shop: Workshop, alone: list[list[str] | None]) -> None:
