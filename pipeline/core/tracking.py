@@ -29,6 +29,7 @@ from pipeline.core.progress import say
 _RETRY_AFTER = 5.0  # seconds
 _WAIT_FOR_LOCK = 60.0  # seconds
 _BATCH = 500  # records sent at once
+_METRICS = 1000  # in one request; MLflow takes no more
 KEY_TAG = "tessera.key"
 
 
@@ -250,9 +251,9 @@ class _Connection:
                 batch += [Metric(k, v, record["time"], record["step"]) for k, v in record["values"].items()]
                 if len(batch) < _BATCH:
                     continue
-            if batch:
-                self.client.log_batch(self.run, metrics=batch)
-                batch = []
+            for start in range(0, len(batch), _METRICS):
+                self.client.log_batch(self.run, metrics=batch[start : start + _METRICS])
+            batch = []
             match record["kind"]:
                 case "params":  # parameters of a run never change
                     params = [Param(k, v) for k, v in record["values"].items() if k not in self.params]

@@ -112,6 +112,14 @@ def test_a_cut_line_loses_itself_alone(uri: str, tmp_path: Path) -> None:
     assert history(uri, runs(uri, "cut")["id"], "loss") == [(1, 1.0), (2, 2.0)]
 
 
+def test_more_metrics_than_a_request_takes(uri: str, tmp_path: Path) -> None:
+    tracker = Tracker(uri, "many", "id", "my-run", tmp_path / "spool", artifacts=str(tmp_path / "artifacts"))
+    tracker.metrics({f"layers/{n}/grad_norm": float(n) for n in range(2100)}, step=7)
+    assert tracker.close()
+    assert len(runs(uri, "many")["id"].data.metrics) == 2100
+    assert history(uri, runs(uri, "many")["id"], "layers/2099/grad_norm") == [(7, 2099.0)]
+
+
 def test_redact() -> None:
     assert redact("https://me:secret@mlflow:5000/x") == "https://***@mlflow:5000/x" and redact("sqlite:///a/b@c.db") == "sqlite:///a/b@c.db"
 
