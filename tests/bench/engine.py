@@ -15,8 +15,9 @@ loop's turn, and a turn of ours ends only when MLflow's thread has sent the row.
               bound within 0.02 of that. On a machine with a GPU decoding would run beside it; here it takes the cores' time, so it counts
     memory    ours is handed batches decoded before, as the bare loop is: what the engine alone costs
 
-Printed: seconds a step (medians), the ratio of the medians with its 95% interval (bootstrap over the pairs), and where each step's time
-goes: the parts are medians of their own, so that they need not add up.
+Printed: seconds a step (medians), the ratio of the medians with its 95% interval (bootstrap over the pairs), where each step's time
+goes (the parts are medians of their own, so that they need not add up), and what all threads of rank 0 took of the cores, which other
+work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ READY = 4  # batches that are held in memory
 
 
 class Times:
-    """Seconds by part; `end_turn` closes a step."""
+    """Seconds by part, from `begin_turn` to `end_turn`; and those of all of this process's threads on a core."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
+        self.cores: list[float] = []
         self.parts: dict[str, list[float]] = defaultdict(list)
         self._now: dict[str, float] = defaultdict(float)
 
@@ -82,8 +84,13 @@ class Times:
 
         return run
 
-    def end_turn(self, seconds: float) -> None:
+    def begin_turn(self) -> None:
+        self._began, self._on_core = time.perf_counter(), time.process_time()
+
+    def end_turn(self) -> None:
+        seconds = time.perf_counter() - self._began
         self.steps.append(seconds)
+        self.cores.append(time.process_time() - self._on_core)
         for part, took in self._now.items():
             self.parts[part].append(took)
         self.parts["the rest"].append(seconds - sum(self._now.values()))
@@ -94,20 +101,23 @@ class Times:
 
 
 class Bare:
-    """The loop that a person would write."""
+    """The loop that a person would write; `losses` are this rank's."""
 
     def __init__(self, model: nn.Module, precision: str, world: World) -> None:
         self.dtype, self.times = torch.bfloat16 if precision == "bf16" else torch.float32, Times()
         self.optimizer = optimizers.make(model, "fused", self.dtype, LR, compiled=None, capturable=False)
         self.parameters = list(model.parameters())
+        self.losses: list[float] = []
         self.model = DistributedDataParallel(model.train()) if world.size > 1 else model.train()
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        began, timed = time.perf_counter(), self.times.timed
+        timed = self.times.timed
+        self.times.begin_turn()
         loss = timed("forward", lambda: F.cross_entropy(self.model(images).float(), labels))()
         timed("backward", loss.backward)()
         timed("step", self._update)()
-        self.times.end_turn(time.perf_counter() - began)
+        self.times.end_turn()
+        self.losses.append(float(loss.detach()))
 
     def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
@@ -154,7 +164,9 @@ class TakingTurns(Recorder):
         p = self.run.config.pretrain
         assert p is not None, "a run that trains"
         self.image, self.times = p.image, Times()
-        self.bare = Bare(self.card.make(), p.precision, self.world)
+        model = self.card.make()
+        model.load_state_dict(self.engine.engine.module.state_dict())
+        self.bare = Bare(model, p.precision, self.world)
         self.stream.__class__ = Ready if self.feed == "memory" else Noting
         self.stream.times = self.times  # type: ignore[attr-defined]
         # Each of these has the one before it inside.
@@ -163,19 +175,19 @@ class TakingTurns(Recorder):
         inner.backward = timed("backward", inner.backward)  # type: ignore[method-assign]
         inner.step = timed("step", inner.step)  # type: ignore[method-assign]
         self.record = timed("record", self.record)  # type: ignore[method-assign]
-        self._began = time.perf_counter()
+        self.times.begin_turn()
 
     def after_step(self, step: int, waited: float) -> None:
         self.times.timed("hooks", super().after_step)(step, waited)
         if self.tracker:
             self.times.timed("MLflow's thread", _wait_until_sent)(self.tracker)
-        self.times.end_turn(time.perf_counter() - self._began)
+        self.times.end_turn()
         batch: MicroBatch = self.stream.last  # type: ignore[attr-defined]
         images = normalize(batch.images, self.image.mean, self.image.std, self.bare.dtype)
         self.world.barrier()
         self.bare.step(images, batch.labels)
         self.world.barrier()
-        self._began = time.perf_counter()
+        self.times.begin_turn()
 
 
 def _wait_until_sent(tracker: Tracker) -> None:
@@ -184,10 +196,12 @@ def _wait_until_sent(tracker: Tracker) -> None:
         time.sleep(0.0005)
 
 
-def run_child(config: str, feed: str) -> None:
+def run_child(config: str, feed: str, threads: int | None) -> None:
     """One rank: trains, and on rank 0 prints what it timed."""
     world = World.from_environment()
     worker.use_cores(world.size)
+    if threads:
+        torch.set_num_threads(threads)
     TakingTurns.feed = feed
     worker.Recorder = TakingTurns  # type: ignore[misc]
     run = claim_run(load_config(config, []))
@@ -196,16 +210,26 @@ def run_child(config: str, feed: str) -> None:
     for tracker in trackers:
         tracker.close()
     hooks = TakingTurns.latest
+    losses = [total / world.size for total in world.sum(hooks.bare.losses)]
     if world.is_main:
         print(json.dumps({
             "ours": hooks.times.steps[WARM_UP:], "bare": hooks.bare.times.steps[WARM_UP:],
+            "ours_on_cores": hooks.times.cores[WARM_UP:], "bare_on_cores": hooks.bare.times.cores[WARM_UP:],
             "parts": hooks.times.medians(), "bare_parts": hooks.bare.times.medians(),
-            "loss": [json.loads(row)["train/loss"] for row in hooks.history],
+            "loss": [json.loads(row)["train/loss"] for row in hooks.history], "bare_loss": losses,
         }), flush=True)  # fmt: skip
 
 
 def time_turns(
-    folder: Path, model: dict[str, Any], pixels: int, micro: int, precision: str, ranks: int, feed: str, pairs: int
+    folder: Path,
+    model: dict[str, Any],
+    pixels: int,
+    micro: int,
+    precision: str,
+    ranks: int,
+    feed: str,
+    pairs: int,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """What `run_child` tells of one comparison; the shards are in folder/data."""
     name = f"{precision}-{ranks}-{feed}"
@@ -213,7 +237,7 @@ def time_turns(
         "name": name, "storage": str(folder / "runs"), "cluster": "local", "data": str(folder / "data"),
         "pretrain": {
             "model": model, "image": {"pixels": pixels}, "batch": micro * ranks, "micro_batch": micro, "duration": f"{WARM_UP + pairs} steps",
-            "precision": precision, "optimizer": {"lr": LR, "weight_decay": optimizers.DECAY, "clip": CLIP}, "log": "1 step",
+            "precision": precision, "optimizer": {"lr": LR, "weight_decay": optimizers.DECAY, "clip": CLIP}, "schedule": {"name": "constant"}, "log": "1 step",
             "save": {"every": "1000000 steps"}, "loader": {"workers": 0},
         },
     }  # fmt: skip
@@ -221,7 +245,12 @@ def time_turns(
     path.write_text(yaml.safe_dump(config))
     [port] = free_ports(1)
     torchrun = [str(BIN / "torchrun"), "--master-port", str(port), "--nproc-per-node", str(ranks), "-m"]
-    command = [*(torchrun if ranks > 1 else [sys.executable, "-m"]), "tests.bench.engine", "--child", json.dumps([str(path), feed])]
+    command = [
+        *(torchrun if ranks > 1 else [sys.executable, "-m"]),
+        "tests.bench.engine",
+        "--child",
+        json.dumps([str(path), feed, threads]),
+    ]
     outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**outside, "CUDA_VISIBLE_DEVICES": ""})
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -242,10 +271,12 @@ def told(parts: dict[str, float]) -> str:
 @click.option("--pairs", default=20, show_default=True)
 @click.option("--batch", default=8, show_default=True, help="images a step of one rank")
 @click.option("--model", default="vit_s16", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="of torch, each rank; by default they share the cores (fewer on a busy machine)")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="every step's seconds are added here, as lines of JSON")
 @click.option("--child", hidden=True)
 def main(
-    precisions: tuple[str, ...], ranks: tuple[int, ...], feeds: tuple[str, ...], pairs: int, batch: int, model: str, out: Path | None,
+    precisions: tuple[str, ...], ranks: tuple[int, ...], feeds: tuple[str, ...], pairs: int, batch: int, model: str, threads: int | None,
+    out: Path | None,
     child: str | None,
 ) -> None:  # fmt: skip
     if child:
@@ -261,7 +292,7 @@ def main(
         for precision in precisions:
             for size in ranks:
                 for feed in feeds:
-                    found = time_turns(Path(folder), {"name": model}, 224, batch, precision, size, feed, pairs)
+                    found = time_turns(Path(folder), {"name": model}, 224, batch, precision, size, feed, pairs, threads)
                     low, ratio, high = ratio_of_medians(found["ours"], found["bare"])
                     name = f"{precision}, {size} rank{'s' * (size > 1)}, {feed}"
                     verdict = "holds" if ratio >= GOAL and low >= GOAL - WITHIN else "does not hold"
@@ -271,7 +302,11 @@ def main(
                         f"| {f'{GOAL}: {verdict}' if feed == 'shards' else ''} |",
                         flush=True,
                     )
-                    notes.append(f"- {name}, ms: {told(found['parts'])}. Bare: {told(found['bare_parts'])}.")
+                    cores = [statistics.median(found[f"{side}_on_cores"]) for side in ("ours", "bare")]
+                    notes.append(
+                        f"- {name}, ms: {told(found['parts'])}. Bare: {told(found['bare_parts'])}. "
+                        f"On the cores, rank 0: {cores[0]:.3f} s and {cores[1]:.3f} s, ratio {cores[1] / cores[0]:.3f}."
+                    )
                     if out is not None:
                         with out.open("a") as f:
                             f.write(json.dumps({"model": model, "precision": precision, "ranks": size, "feed": feed, **found}) + "\n")

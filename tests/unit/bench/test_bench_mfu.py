@@ -134,7 +134,7 @@ def test_a_process_that_dies_is_a_row() -> None:
     run = Run("cpu", True, 0.01, 2, "no-such-backend", None, False)
     rows = list(run.rows("vit_h14", ["norms", "eager"], 300))
     assert "failure" in rows[1] and rows[2]["images_per_s"] > 0, "what cannot be compiled does not stop the rest"
-    row, other = run.rows("no-such-model", ["base", "eager"], 300)
+    _, row, other = run.rows("no-such-model", ["base", "eager"], 300)  # the first tells the matrix rate
     assert row["failure"].startswith("ended with 1: KeyError") and other["failure"] == NOT_RUN
 
 
