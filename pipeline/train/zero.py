@@ -118,6 +118,8 @@ class Engine:
         }
         with contextlib.redirect_stdout(sys.stderr):
             self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+        if self.is_plain and world.size == 1:  # here DeepSpeed would copy all gradients to one tensor, and back: a tenth of a small step
+            self.engine.enable_backward_allreduce = False
         self.state = State(self.engine, stage, world)
 
     @property
@@ -136,7 +138,11 @@ class Engine:
     def step(self) -> None:
         """To be called after each backward; every `rounds`th call updates the parameters, and brings back what left its limits."""
         is_update = self.engine.is_gradient_accumulation_boundary()
-        if self.is_plain and is_update:  # here DeepSpeed keeps no norm
+        if self.is_plain and is_update:
+            for p in self.engine.module.parameters():
+                if p.grad is None and p.requires_grad:  # it decays as under every other stage and world size
+                    p.grad = torch.zeros_like(p)
+            # Here DeepSpeed keeps no norm.
             self._norm = nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
         before = self.engine.skipped_steps
         self.engine.step()
