@@ -35,7 +35,7 @@ import click
 import torch
 
 from tests.bench.mfu import peers
-from tests.bench.mfu.device import PEAK, SHAPES, SMALL_SHAPES, matrix_rates
+from tests.bench.mfu.device import PEAK, SHAPES, SMALL_SHAPES, matrix_rates, name
 from tests.bench.mfu.measure import FP8_LOSS, SWEEP, Bench, Row, Settings, failure
 from tests.bench.mfu.recipes import BASE, VARIANTS, Recipe, recipe
 from tests.bench.mfu.subjects import SUBJECTS
@@ -213,9 +213,9 @@ def main(
         return run_child(json.loads(child))
     wanted = variants.split()
     for each in wanted:
-        name = each.partition("@")[0].partition("+")
+        first, _, rest = each.partition("@")[0].partition("+")
         try:
-            recipe(name[2] or BASE if name[0] in (*peers.PEERS, SWEEP, FP8_LOSS) else each, Recipe())
+            recipe(rest or BASE if first in (*peers.PEERS, SWEEP, FP8_LOSS) else each, Recipe())
         except ValueError as e:
             raise click.UsageError(f"--variants: {e}") from None
     if device == "cuda" and not torch.cuda.is_available():
@@ -223,7 +223,7 @@ def main(
         return None
     begun, run = time.monotonic(), Run(device, small, seconds, pairs, backend, batch, kernels)
     there = ", ".join(f"{each} {_version(each)}" if peers.installed(each) else f"no {each}" for each in (*peers.PEERS, "deepspeed"))
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    where = name() if device == "cuda" else "CPU"
     print(f"{machine()}, torch {torch.__version__}, {where}; {there}\n\n{HEAD}", flush=True)
     models = list(only) or list(SUBJECTS)
     for n, model in enumerate(models):

@@ -113,11 +113,23 @@ def reader() -> Callable[[], Mapping[str, float]]:
     return read
 
 
-def _ask_nvidia_smi() -> Mapping[str, float]:
-    command = ["nvidia-smi", "--id=0", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader,nounits"]
+def name() -> str:
+    """Of the first GPU, asked for without taking any of its memory."""
+    return query("name") or "a GPU"
+
+
+def query(what: str) -> str:
+    """What nvidia-smi says of the first GPU; nothing where it cannot."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        values = [float(each) for each in done.stdout.splitlines()[0].split(",")]
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _ask_nvidia_smi() -> Mapping[str, float]:
+    try:
+        values = [float(each) for each in query("clocks.sm,power.draw,temperature.gpu").split(",")]
+    except ValueError:
         return {}
     return dict(zip(("clock_mhz", "power_w", "temperature_c"), values, strict=True))

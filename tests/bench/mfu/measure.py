@@ -156,7 +156,7 @@ class Bench:
         curves = []
         for changes in ({"fp8": True}, {}):
             how = replace(self.base, lr=1e-3 if self.settings.small else 3e-4, **changes)
-            step = self._step(how, max(16, self.batch // 4), batches=4)
+            step = self._step(how, self.batch if self.settings.small else max(1, self.batch // 4), batches=4)
             curves.append([float(step()) for _ in range(LOSS_STEPS)])
             del step
             self._clear()
