@@ -132,6 +132,8 @@ class Engine:
         how = settings(config, rounds, world.size)
         with contextlib.redirect_stdout(sys.stderr):
             self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=how)
+        if self.is_plain and world.size == 1:  # here DeepSpeed would copy all gradients to one tensor, and back: a tenth of a small step
+            self.engine.enable_backward_allreduce = False
         if config.compile:
             compile_blocks(model)
         if config.recompute:
@@ -187,8 +189,11 @@ class Engine:
         """To be called after each backward; every `rounds`th call updates the parameters, and brings back what left its limits."""
         is_update, is_finite = self.engine.is_gradient_accumulation_boundary(), True
         if self.is_plain and is_update:  # here DeepSpeed keeps no norm, and would take any update
-            parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
-            self._norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+            for parameter in parameters:
+                if parameter.grad is None:  # it decays as under every other stage and world size
+                    parameter.grad = torch.zeros_like(parameter)
+            self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if not (is_finite := bool(self._norm.isfinite())):
                 self.engine.zero_grad()  # the optimiser passes over what has no gradient
             elif self._clip:

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pipeline.models import create
 from pipeline.models.sampling import next_logits, sample
 from pipeline.train.worker import keep_memory
-from tests.bench.pairs import machine, median, race
+from tests.bench.pairs import interval, machine, median, race
 
 Loss = Callable[[torch.nn.Module, torch.device], torch.Tensor]
 
@@ -148,14 +148,6 @@ def run_child(kind: str, *arguments: str) -> dict[str, float]:
 
 
 # The races
-
-
-def interval(ratios: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """(lower end, median, upper end) of the 95% interval of the median."""
-    values = np.asarray(ratios)
-    medians = np.median(np.random.default_rng(0).choice(values, (draws, len(values))), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(low), median(ratios), float(high)
 
 
 def report(label: str, other: str, found: dict[str, list[float]], goal: float) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 
 def figure(command: str | Sequence[str], name: str = "images_per_s") -> float:
     """The value `name` in the last JSON line that `command` prints."""
@@ -44,6 +46,23 @@ def ratios(found: Mapping[str, list[float]], other: str) -> tuple[float, float, 
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def interval(ratios: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """(lower end, median, upper end) of the 95% interval of the median."""
+    values = np.asarray(ratios)
+    medians = np.median(np.random.default_rng(0).choice(values, (draws, len(values))), axis=1)
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return float(low), median(ratios), float(high)
+
+
+def ratio_of_medians(ours: Sequence[float], others: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """(lower end, ratio, upper end) of the median of the others' seconds over that of ours, taken in pairs: its 95% interval where the
+    pairs are drawn again."""
+    pairs = np.asarray([ours, others])
+    drawn = np.median(pairs[:, np.random.default_rng(0).integers(0, len(ours), (draws, len(ours)))], axis=2)
+    low, high = np.percentile(drawn[1] / drawn[0], [2.5, 97.5])
+    return float(low), median(others) / median(ours), float(high)
 
 
 def machine() -> str:

@@ -55,7 +55,7 @@ def photographs() -> list[np.ndarray]:
     return load_sample_images().images
 
 
-def make_shards(folder: Path) -> None:
+def make_shards(folder: Path, each: int = EACH) -> None:
     from pipeline.core.storage import Storage
     from pipeline.shards.images import Checked
     from pipeline.shards.manifest import Manifest, dataset_hash, publish
@@ -66,12 +66,12 @@ def make_shards(folder: Path) -> None:
     for shard in range(SHARDS):
         samples = (
             Sample(f"{n:020x}", Checked(photograph(n), "jpg", WIDTH, HEIGHT), n % 10, f"photograph {n}".encode(), b"{}")
-            for n in range(shard * EACH, (shard + 1) * EACH)
+            for n in range(shard * each, (shard + 1) * each)
         )
         written = write_shard(directory, f"train-{shard:05d}.tar", "train", samples)
         assert written is not None
         records.append(written.record)
-    count = SHARDS * EACH
+    count = SHARDS * each
     publish(directory, records, Manifest(
         hash=dataset_hash(records), config="bench", source="made", classes=[str(n) for n in range(10)], splits={"train": count},
         bytes=sum(r.bytes for r in records), read=count, written=count, ignored=0, dropped={}, dropped_samples=[], smallest=(WIDTH, HEIGHT),
