@@ -27,7 +27,6 @@ from pipeline.core.errors import CheckpointError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
-from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.results import Result
 from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks
@@ -40,7 +39,6 @@ from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
 from pipeline.train.inputs import check_captions, check_teacher, named_inputs, options_of, planned_facts
-from pipeline.train.job import pretrain
 from pipeline.train.keeper import Signals
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
@@ -244,6 +242,8 @@ class _Stages:
             say(f"pretrain     finished already, at step {steps:,}")
             with self._stage("pretrain"):
                 return  # what an earlier submission could not send to MLflow is sent now
+        from pipeline.train.job import pretrain  # Ray comes with it, of which a plan has no need
+
         began = time.perf_counter()
         signals = Signals()
         with signals.listening():
@@ -253,6 +253,8 @@ class _Stages:
             self._add_time("pretrain", part, seconds)
 
     def _evaluate(self) -> list[Result]:
+        from pipeline.evaluate.job import evaluate
+
         with self._stage("evaluate") as tracker, self._timed("evaluate", "all tasks"):
             results, metrics = evaluate(self.config, self.run.directory, self.run.dataset_url)
             tracker.metrics(metrics)
