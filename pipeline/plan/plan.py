@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.config import Config
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError
 from pipeline.objectives import Facts
 from pipeline.plan.devices import Device, find_device
@@ -18,6 +19,7 @@ from pipeline.stream.collection import Reading
 # What one worker uploads of a checkpoint, in bytes a second: what one stream to a store in the same region is known to give. Where the
 # figure matters, `python -m pipeline.checkpoint` shows what a save took.
 UPLOAD = 200e6
+_MANY = 10**12  # samples of an epoch, where nothing depends on how many
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,29 @@ class Plan:
         return self.peak <= self.device.memory if self.device.memory else None
 
 
+def check_schedule(p: Pretrain, samples_an_epoch: int | None = None) -> tuple[int, int, int]:
+    """Steps of the run, its warm-up and its cool-down. Without `samples_an_epoch` these mean something only where all are counted in
+    epochs or none is; otherwise nothing is checked.
+
+    Raises:
+        ConfigError: warm-up and cool-down are longer than the run.
+    """
+    spans = (p.duration, p.schedule.warmup, p.schedule.cooldown)
+    if samples_an_epoch is None:
+        if len({span.unit == "epoch" for span in spans if span}) > 1:
+            return 0, 0, 0
+        samples_an_epoch = _MANY
+    steps, warmup, cooldown = (span.steps(p.batch, samples_an_epoch) if span else 0 for span in spans)
+    if warmup + cooldown > steps:
+        what = (
+            f"warmup ({p.schedule.warmup}, {warmup:,} steps) is" if warmup else f"cooldown ({p.schedule.cooldown}, {cooldown:,} steps) is"
+        )
+        if warmup and cooldown:
+            what = f"warmup ({warmup:,} steps) and cooldown ({cooldown:,} steps) are"
+        raise ConfigError(f"pretrain.schedule: {what} longer than the run ({steps:,} steps)")
+    return steps, warmup, cooldown
+
+
 def make_plan(
     config: Config,
     samples_an_epoch: int,
@@ -108,11 +133,7 @@ def make_plan(
     """
     p = config.pretrain
     assert p is not None, "only pre-training is planned"
-    steps = p.duration.steps(p.batch, samples_an_epoch)
-    warmup, cooldown = (span.steps(p.batch, samples_an_epoch) if span else 0 for span in (p.schedule.warmup, p.schedule.cooldown))
-    if warmup + cooldown > steps:
-        what = f"warmup ({warmup:,} steps) and cooldown ({cooldown:,} steps) are" if cooldown else f"warmup ({warmup:,} steps) is"
-        raise ConfigError(f"pretrain.schedule: {what} longer than the run ({steps:,} steps)")
+    steps, warmup, cooldown = check_schedule(p, samples_an_epoch)
     device = find_device(config.cluster, workers)
     load = Workload(p, facts, workers, device.is_cpu)
     _ = load.options  # raises what is wrong with the model
