@@ -152,7 +152,8 @@ def _or_auto(value: object, least: int, most: float) -> int:
         return AUTO
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
-        raise ValueError(f"must be {f'{least} to {most:.0f}' if most < math.inf else f'a whole number of {least} or more'}, or 'auto'")
+        allowed = "0, 1, 2 or 3" if most == 3 else f"a whole number of {least} or more"
+        raise ValueError(f"should be {allowed}, or 'auto'")
     return number
 
 

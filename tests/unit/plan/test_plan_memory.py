@@ -168,7 +168,7 @@ def test_auto_is_a_word_of_the_config() -> None:
     for key, value, said in (
         ("micro_batch", 0, "1 or more"),
         ("micro_batch", "many", "or 'auto'"),
-        ("zero", {"stage": 4}, "0 to 3, or 'auto'"),
+        ("zero", {"stage": 4}, "0, 1, 2 or 3, or 'auto'"),
     ):
         with pytest.raises(ConfigError, match=re.escape(said)):
             config(**{key: value})
