@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from pipeline.core.storage import Storage
 @click.option("--plan", is_flag=True, help="Print what would happen; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --plan: as JSON.")
 @click.option("--profile", is_flag=True, help="Trace a few steps of pre-training, as pretrain.profile={} does.")
+@click.option("--calibrate", is_flag=True, help="With --plan: measure a few steps on this machine first; later plans use what it found.")
 @click.option("--schema", is_flag=True, help="Print the config's JSON schema, for editors.")
 def main(
     words: tuple[str, ...],
@@ -43,6 +45,7 @@ def main(
     plan: bool,
     as_json: bool,
     profile: bool,
+    calibrate: bool,
     schema: bool,
 ) -> None:
     """Run CONFIG, or submit it to a cluster. CONFIG is a YAML file, or the URL of a run to go on with; several run one after the
@@ -54,12 +57,14 @@ def main(
         raise click.UsageError("Missing argument 'CONFIG'.")
     if local and address:
         raise click.UsageError("--local and --address exclude each other.")
+    if calibrate and not plan:
+        raise click.UsageError("--calibrate goes with --plan.")
     with exit_codes():
         try:
             files, overrides = split_words(words)
             overrides = ["pretrain.profile={}", *overrides] if profile else overrides  # what is said of it comes after
             configs = [_load(file, list(overrides), local, address) for file in files]
-            code = _run(configs, address, detach=detach, fresh=fresh, plan=plan, as_json=as_json)
+            code = _run(configs, address, detach=detach, fresh=fresh, plan=plan, as_json=as_json, calibrate=calibrate)
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
             code = ExitCode.STOPPED
@@ -93,10 +98,12 @@ def _load_run(url: str, overrides: list[str]) -> Config:
     return config
 
 
-def _run(configs: list[Config], address: str | None, *, detach: bool, fresh: bool, plan: bool, as_json: bool) -> int:
+def _run(
+    configs: list[Config], address: str | None, *, detach: bool, fresh: bool, plan: bool, as_json: bool, calibrate: bool = False
+) -> int:
     if plan:
         for i, config in enumerate(configs):
-            _plan(config, configs[:i], fresh, as_json)
+            _plan(config, configs[:i], fresh, as_json, calibrate)
         return ExitCode.DONE
     config = configs[0]
     if any(c.cluster != config.cluster for c in configs):
@@ -130,16 +137,21 @@ def _run(configs: list[Config], address: str | None, *, detach: bool, fresh: boo
         return ExitCode.NOT_FINISHED
 
 
-def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool) -> None:
+def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool, calibrate: bool) -> None:
     """Print what `config` would do after those `before` it."""
     from pipeline.checkpoint.run import check_claim
+    from pipeline.plan import calibration
     from pipeline.plan.describe import as_text, describe
-    from pipeline.stages import check_config, check_resources, made_by, plan_config
+    from pipeline.stages import check_config, check_resources, made_by, plan_config, settle_config
 
     check_config(config)
+    config = settle_config(config, before, fresh)
     check_claim(config, fresh)
     check_resources(config, write=False, coming=made_by(before), fresh=fresh)
-    facts = describe(config, *plan_config(config, before, fresh))
+    plan, estimated, workers = plan_config(config, before, fresh)
+    if calibrate and plan:
+        plan = replace(plan, measured=calibration.calibrate(config, plan.load, plan.device))
+    facts = describe(config, plan, estimated, workers)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
 
 

@@ -36,12 +36,14 @@ def run_here(configs: Sequence[Config], *, command: str, fresh: bool = False, lo
     """
     began = time.monotonic()
     from pipeline.checkpoint.run import check_claim
-    from pipeline.stages import check_config, check_resources, made_by, run_stages, write_joint_page
+    from pipeline.stages import check_config, check_resources, made_by, run_stages, settle_config, write_joint_page
 
     if repeated := [c.name for i, c in enumerate(configs) if c.name in [other.name for other in configs[:i]]]:
         raise ConfigError(f"name: {repeated[0]!r} is the name of two of the configs; each run needs one of its own")
+    configs = list(configs)
     for i, config in enumerate(configs):
         check_config(config)
+        configs[i] = config = settle_config(config, configs[:i], fresh)
         check_claim(config, fresh)
         check_resources(config, coming=made_by(configs[:i]), fresh=fresh)
     connect_ray(local)

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import yaml
@@ -20,7 +20,7 @@ from pipeline.checkpoint import Checkpoints, Run, claim_run
 from pipeline.checkpoint.commit import check_conditional
 from pipeline.checkpoint.model import check_start
 from pipeline.checkpoint.read import verify
-from pipeline.checkpoint.run import flatten, run_directory, tracking_uri
+from pipeline.checkpoint.run import flatten, kept_micro_batch, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
 from pipeline.config.data import Data
 from pipeline.config.pretrain import Pretrain
@@ -28,7 +28,6 @@ from pipeline.core.errors import CheckpointError, ConfigError, TesseraError, cho
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
-from pipeline.evaluate.job import evaluate
 from pipeline.evaluate.results import Result
 from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks, look_up
@@ -36,13 +35,16 @@ from pipeline.models import Model, build
 from pipeline.models.blockwise import blocks_of
 from pipeline.objectives import Facts, check_best, check_mixing
 from pipeline.plan import Plan, make_plan
+from pipeline.plan.calibration import find_measured
+from pipeline.plan.devices import find_device
+from pipeline.plan.fit import check_fits, has_auto, settle
+from pipeline.plan.plan import check_schedule
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
 from pipeline.train.inputs import check_captions, check_teacher, named_inputs, options_of, planned_facts
-from pipeline.train.job import pretrain
 from pipeline.train.keeper import Signals
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
@@ -74,6 +76,8 @@ def check_config(config: Config) -> None:
         choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
         check_deepspeed(p)
+        check_schedule(p)
+        find_device(config.cluster, 1)
         if config.shard:
             choose("pretrain.split", p.split, config.shard.splits)
             if p.validation:
@@ -116,6 +120,10 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         data.check_cache(p.loader.cache)
         classes = data.classes
         check_captions(p, data)
+        plan, _, _ = plan_config(config, fresh=fresh)
+        assert plan is not None, "it has a section pretrain"
+        if write:  # a plan alone says that it does not fit, and what would
+            check_fits(plan)
     if p and is_to_run:
         own = str(config.data[0].url) if config.data and not _data_urls(config) & coming else None
         check_data(p, own, lambda url: look_up(url, endpoint))
@@ -134,11 +142,35 @@ def plan_config(config: Config, before: Sequence[Config] = (), fresh: bool = Fal
     """The plan of pre-training; whether its number of samples is an estimate, since the dataset may not be made yet (by it, or by
     those that run `before` it), and some images may then be dropped; and the number of workers it is for. With `fresh`, what the
     run has there already is not looked at. Starts and writes nothing."""
-    p = config.pretrain
-    gpus = torch.cuda.device_count() if config.cluster.gpus is None else config.cluster.gpus
-    workers = config.cluster.workers or gpus or max(2, config.cluster.min_workers or 0)
-    if p is None:
+    workers = planned_workers(config)
+    if config.pretrain is None:
         return None, False, workers
+    samples, facts, reading, estimated = _survey(config, before, fresh)
+    plan = make_plan(config, samples, facts, workers, reading)
+    return replace(plan, measured=find_measured(plan.load, plan.device)), estimated, workers
+
+
+def settle_config(config: Config, before: Sequence[Config] = (), fresh: bool = False) -> Config:
+    """`config` with numbers where it says `auto`, as the run is claimed with them. A run that is there keeps its micro-batch, on which
+    what it computes depends; the stage is chosen anew at each submission, for the machines that there are.
+
+    Raises:
+        ConfigError: as `plan.fit.settle`.
+    """
+    if not has_auto(config.pretrain):
+        return config
+    return settle(config, _survey(config, before, fresh)[1], planned_workers(config), None if fresh else kept_micro_batch(config))
+
+
+def planned_workers(config: Config) -> int:
+    gpus = torch.cuda.device_count() if config.cluster.gpus is None else config.cluster.gpus
+    return config.cluster.workers or gpus or max(2, config.cluster.min_workers or 0)
+
+
+def _survey(config: Config, before: Sequence[Config], fresh: bool) -> tuple[int, Facts, Reading | None, bool]:
+    """Samples of an epoch, what the model depends on, what reading asks of the store, and whether the samples are an estimate."""
+    p = config.pretrain
+    assert p is not None, "called for a config that pre-trains"
     # A recipe is planned with nothing at hand, the run that it starts from among it.
     named = named_inputs(p, config.storage.endpoint, None if fresh else run_directory(config)) if _is_at_hand(config) else None
 
@@ -148,16 +180,16 @@ def plan_config(config: Config, before: Sequence[Config] = (), fresh: bool = Fal
 
     if config.data and not _is_at_hand(config):
         samples, classes = sum(part.samples or 0 for part in config.data), max(part.classes or 0 for part in config.data)
-        return make_plan(config, samples, facts(classes), workers), True, workers
+        return samples, facts(classes), None, True
     maker = next((c for c in [*before, config] if c.shard and (c is config or made_by([c]) & _data_urls(config))), None)
     if maker and maker.shard and not find_made(maker.shard, run_directory(maker) / "shards"):
         listing = open_source(maker.shard.source).scan()
         samples = max(1, round(len(listing.items) * maker.shard.splits[p.split]))
         mean = sum(item.bytes for item in listing.items) / max(1, len(listing.items))
         reading = Reading(mean, p.loader.block or (1 if _is_local(config) else BLOCK))
-        return make_plan(config, samples, facts(len(listing.classes)), workers, reading), True, workers
+        return samples, facts(len(listing.classes)), reading, True
     data = _open_data(config, config.data or [Data(url=(run_directory(config) / "shards").url)])
-    return make_plan(config, data.samples, facts(len(data.classes)), workers, data.reading), False, workers
+    return data.samples, facts(len(data.classes)), data.reading, False
 
 
 def _data_urls(config: Config) -> set[str]:
@@ -261,6 +293,8 @@ class _Stages:
             say(f"pretrain     finished already, at step {steps:,}")
             with self._stage("pretrain"):
                 return  # what an earlier submission could not send to MLflow is sent now
+        from pipeline.train.job import pretrain  # Ray comes with it, of which a plan has no need
+
         began = time.perf_counter()
         signals = Signals()
         with signals.listening():
@@ -270,6 +304,8 @@ class _Stages:
             self._add_time("pretrain", part, seconds)
 
     def _evaluate(self) -> list[Result]:
+        from pipeline.evaluate.job import evaluate
+
         with self._stage("evaluate") as tracker, self._timed("evaluate", "all tasks"):
             results, metrics = evaluate(self.config, self.run.directory, self.run.dataset_url)
             tracker.metrics(metrics)

@@ -171,6 +171,16 @@ def find_run(url: str, endpoint: str | None = None) -> dict[str, Any]:
     return find_record(url, endpoint)["config"]
 
 
+def kept_micro_batch(config: Config) -> int | None:
+    """Of the run of `config` that is there already: what `auto` was for it. None where there is none."""
+    try:
+        kept = _read(run_directory(config))["config"].get("pretrain") or {}
+    except FileNotFoundError:
+        return None
+    value = kept.get("micro_batch")
+    return value if isinstance(value, int) else None
+
+
 def find_record(url: str, endpoint: str | None = None) -> dict[str, Any]:
     """{id, owner, config} of the run at `url`; raises as `find_run`."""
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
 
 from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Templates, Time
 from pipeline.core import units
@@ -153,10 +154,41 @@ class Schedule(Section):
         return self
 
 
-class Zero(Section):
-    """What the ranks share among them (Rajbhandari et al. 2020): nothing; the optimiser's state; gradients too; parameters too."""
+AUTO = -1  # in place of a number that the plan is to choose (plan/fit.py), before the run is claimed: workers never see it
 
-    stage: Literal[0, 1, 2, 3] = 0
+
+def _or_auto(value: object, least: int, most: float) -> int:
+    """A whole number from `least` to `most`, or `auto`."""
+    if value in ("auto", AUTO) and not isinstance(value, bool):
+        return AUTO
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+        allowed = "0, 1, 2 or 3" if most == 3 else f"a whole number of {least} or more"
+        raise ValueError(f"should be {allowed}, or 'auto'")
+    return number
+
+
+_AUTO_WORD = PlainSerializer(lambda number: "auto" if number == AUTO else number)
+MicroBatch = Annotated[
+    int,
+    BeforeValidator(lambda value: _or_auto(value, 1, math.inf)),
+    _AUTO_WORD,
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
+Stage = Annotated[
+    int,
+    BeforeValidator(lambda value: _or_auto(value, 0, 3)),
+    _AUTO_WORD,
+    WithJsonSchema({"enum": [0, 1, 2, 3, "auto"]}),
+]
+
+
+class Zero(Section):
+    """What the ranks share among them (Rajbhandari et al. 2020): nothing; the optimiser's state; gradients too; parameters too. `auto`:
+    the smallest stage at which the plan fits the device."""
+
+    _plain_key: str = "stage"
+    stage: Stage = 0
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="keeps the optimiser's state, and its step, in the host's memory; all: the parameters as well (stage 3)"
     )
@@ -283,7 +315,9 @@ class Pretrain(Section):
     palette: Palette | None = None
     start: Start | None = None
     batch: Count = Field(256, description="global, in samples")
-    micro_batch: Count = Field(64, description="one forward pass of one rank, in samples")
+    micro_batch: MicroBatch = Field(
+        64, description="one forward pass of one rank, in samples; auto: as many as fit, once for the whole run"
+    )
     duration: Span
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -310,7 +344,7 @@ class Pretrain(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Pretrain:
-        if self.batch % self.micro_batch:
+        if self.micro_batch != AUTO and self.batch % self.micro_batch:
             raise ValueError(f"batch: {self.batch} is not a multiple of micro_batch ({self.micro_batch})")
         return self
 

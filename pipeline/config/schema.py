@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.data import Data, Shard
 from pipeline.config.evaluate import Evaluate
 from pipeline.config.pretrain import Pretrain
-from pipeline.config.section import Count, Flag, Positive, Section, Time, check_word
+from pipeline.config.section import Bytes, Count, Flag, Part, Positive, Section, Time, check_word
 from pipeline.core import units
 
 
@@ -35,6 +35,23 @@ class Tracking(Section):
     experiment: str = "tessera"
 
 
+class DeviceSection(Section):
+    """What `--plan` counts with: a device of its table (a100, h100, h200, b200, cpu), some of whose figures may be given, or one of
+    another name with figures of its own. Of one device, in operations and bytes a second."""
+
+    name: str
+    flops: Positive | None = Field(None, description="peak of dense matrix multiplications in 16 bits, such as 989e12")
+    flops_fp32: Positive | None = Field(None, description="the same in fp32")
+    memory: Bytes | None = Field(None, description="that a process can have, such as '79 GiB'")
+    bandwidth: Positive | None = Field(None, description="of its memory")
+    link: Positive | None = Field(None, description="to another device of its machine, one way")
+    network: Positive | None = Field(None, description="to a device of another machine, one way")
+    host: Positive | None = Field(None, description="to its host's memory, one way")
+    per_node: Count | None = Field(None, description="devices of a machine")
+    price: Positive | None = Field(None, description="an hour; cluster.price, where given, counts instead")
+    efficiency: Part | None = Field(None, description="of the peak that forward and backward passes reach")
+
+
 class Cluster(Section):
     """`local`, or a Ray cluster; without an address RAY_ADDRESS is used."""
 
@@ -46,6 +63,7 @@ class Cluster(Section):
     min_workers: Count | None = Field(None, description="go on with fewer workers than asked for, down to so many, while machines are gone")
     retries: Annotated[int, Field(ge=0)] = Field(3, description="restarts of a failed group of workers, in a row without a new checkpoint")
     wait: Time = Field(units.Duration(10, "minute"), description="how long to wait, after a failure, for machines to come back")
+    device: DeviceSection | None = Field(None, description="what --plan counts with; default: this machine's in a local run, else h100")
     price: Positive | None = Field(None, description="money an hour of one worker (a GPU, or a worker on CPUs), for the goodput ledger")
     currency: str = Field("USD", description="of the price: a word for it")
     python: str = Field("python", description="the interpreter on the cluster's machines")

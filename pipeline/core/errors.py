@@ -66,6 +66,10 @@ class NoSuchRun(TesseraError):
     exit_code = ExitCode.NO_SUCH_RUN
 
 
+class OutOfMemory(UserError):
+    """A device has not the memory that the config needs. The same command would fail again."""
+
+
 class InfrastructureError(TesseraError):
     """A machine or service failed under the job; the same command may succeed."""
 

@@ -1,36 +1,31 @@
-"""Steps, samples, parameters, memory and floating-point operations of a config."""
+"""Steps, samples, parameters, memory, traffic, time and cost of a config."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipeline.config import Config
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError
-from pipeline.models import Model, build, flops
-from pipeline.objectives import Facts, model_options
+from pipeline.objectives import Facts
+from pipeline.plan.devices import Device, find_device
+from pipeline.plan.memory import Memory
+from pipeline.plan.pace import BACKWARD, Measured, Pace, pace_of
+from pipeline.plan.traffic import Traffic, traffic_of
+from pipeline.plan.workload import Workload
 from pipeline.stream.collection import Reading
 
-_BACKWARD = 3  # a training step costs three forward passes: one forward, and a backward of twice that
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one worker."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+# What one worker uploads of a checkpoint, in bytes a second: what one stream to a store in the same region is known to give. Where the
+# figure matters, `python -m pipeline.checkpoint` shows what a save took.
+UPLOAD = 200e6
+_MANY = 10**12  # samples of an epoch, where nothing depends on how many
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps are of the optimiser; `flops_a_sample` is of training, two a multiply-add."""
+    """Steps are of the optimiser; `flops_a_sample` is of training, two a multiply-add, a backward pass twice the forward pass,
+    recomputation left out. What a worker need not know before it trains is worked out as it is asked for."""
 
     steps: int
     warmup: int
@@ -38,31 +33,110 @@ class Plan:
     samples_an_epoch: int
     log_every: int
     validate_every: int | None
-    parameters: int
-    flops_a_sample: float
-    memory: Memory
+    load: Workload
+    device: Device
     reading: Reading | None = None
     cooldown: int = 0
     timescale: int = 10_000
+    measured: Measured | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.load.tensors.parameters
+
+    @cached_property
+    def flops_a_sample(self) -> float:
+        return BACKWARD * self.load.forward_flops
+
+    @cached_property
+    def memory(self) -> Memory:
+        return self.load.memory
+
+    @cached_property
+    def peak(self) -> int:
+        """Bytes of one worker, as measured here where that was."""
+        return round(self.memory.peak * (self.measured.memory if self.measured else 1))
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        return traffic_of(self.load)
+
+    @cached_property
+    def pace(self) -> Pace:
+        return pace_of(self.load, self.device, self.traffic, self.measured)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights, the optimiser's moments and the average, in fp32, of all workers together."""
+        return self.load.checkpoint_bytes
+
+    @property
+    def save_seconds(self) -> float:
+        """Until a checkpoint is in the store, each worker sending its share at `UPLOAD`; training goes on meanwhile."""
+        return self.checkpoint_bytes / self.load.workers / UPLOAD
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.pace.step / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of devices: on CPUs, hours of workers."""
+        return self.hours * self.load.workers
+
+    @property
+    def cost(self) -> float:
+        return self.gpu_hours * self.device.price
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits into the device's memory; None where that is not known."""
+        return self.peak <= self.device.memory if self.device.memory else None
 
 
-def make_plan(config: Config, samples_an_epoch: int, facts: Facts, workers: int, reading: Reading | None = None) -> Plan:
+def check_schedule(p: Pretrain, samples_an_epoch: int | None = None) -> tuple[int, int, int]:
+    """Steps of the run, its warm-up and its cool-down. Without `samples_an_epoch` these mean something only where all are counted in
+    epochs or none is; otherwise nothing is checked.
+
+    Raises:
+        ConfigError: warm-up and cool-down are longer than the run.
+    """
+    spans = (p.duration, p.schedule.warmup, p.schedule.cooldown)
+    if samples_an_epoch is None:
+        if len({span.unit == "epoch" for span in spans if span}) > 1:
+            return 0, 0, 0
+        samples_an_epoch = _MANY
+    steps, warmup, cooldown = (span.steps(p.batch, samples_an_epoch) if span else 0 for span in spans)
+    if warmup + cooldown > steps:
+        what = (
+            f"warmup ({p.schedule.warmup}, {warmup:,} steps) is" if warmup else f"cooldown ({p.schedule.cooldown}, {cooldown:,} steps) is"
+        )
+        if warmup and cooldown:
+            what = f"warmup ({warmup:,} steps) and cooldown ({cooldown:,} steps) are"
+        raise ConfigError(f"pretrain.schedule: {what} longer than the run ({steps:,} steps)")
+    return steps, warmup, cooldown
+
+
+def make_plan(
+    config: Config,
+    samples_an_epoch: int,
+    facts: Facts,
+    workers: int,
+    reading: Reading | None = None,
+    measured: Measured | None = None,
+) -> Plan:
     """The plan of `config.pretrain` for a training split of `samples_an_epoch` samples; `reading` is what these ask of the store.
 
     Raises:
-        ConfigError: the schedule's warm-up and cool-down are longer than the run.
+        ConfigError: the schedule's warm-up and cool-down are longer than the run; the model and the objective do not fit together; an
+            unknown device.
     """
     p = config.pretrain
     assert p is not None, "only pre-training is planned"
-    steps = p.duration.steps(p.batch, samples_an_epoch)
-    warmup, cooldown = (span.steps(p.batch, samples_an_epoch) if span else 0 for span in (p.schedule.warmup, p.schedule.cooldown))
-    if cooldown and warmup + cooldown > steps:
-        raise ConfigError(
-            f"pretrain.schedule: warmup ({warmup:,} steps) and cooldown ({cooldown:,} steps) are longer than the run ({steps:,} steps)"
-        )
-    options = model_options(p.model.name, p.model.arguments, p.objective.name, p.objective.arguments, p.image.pixels, facts)
-    model = build(p.model.name, options, device="meta")
-    parameters = model.parameter_count
+    steps, warmup, cooldown = check_schedule(p, samples_an_epoch)
+    device = find_device(config.cluster, workers)
+    load = Workload(p, facts, workers, device.is_cpu)
+    _ = load.options  # raises what is wrong with the model
     return Plan(
         steps=steps,
         warmup=warmup,
@@ -70,31 +144,10 @@ def make_plan(config: Config, samples_an_epoch: int, facts: Facts, workers: int,
         samples_an_epoch=samples_an_epoch,
         log_every=p.log.steps(p.batch, samples_an_epoch),
         validate_every=p.validation.every.steps(p.batch, samples_an_epoch) if p.validation else None,
-        parameters=parameters,
-        flops_a_sample=_BACKWARD * flops(model),
-        memory=_memory(p, model, parameters, workers),
+        load=load,
+        device=device,
         reading=reading,
         cooldown=cooldown,
         timescale=p.schedule.timescale.steps(p.batch, samples_an_epoch) if p.schedule.timescale else Plan.timescale,
-    )
-
-
-def _memory(p: Pretrain, model: Model, parameters: int, workers: int) -> Memory:
-    """ZeRO (arXiv 1910.02054, section 3.1 and figure 1): 2 + 2 + 12 bytes a parameter in 16-bit mixed precision with
-    Adam, 4 + 4 + 8 in fp32; stage 1 shares the optimiser's among the workers, stage 2 gradients, stage 3 parameters."""
-    half = p.precision != "fp32"
-    width = 2 if half else 4
-    moments = {"adamw": 2, "adam": 2, "sgd": 1}.get(p.optimizer.name, 2)
-    optimizer = (4 * moments + (4 if half else 0)) * parameters
-
-    stage = max(1, p.zero.stage) if half else p.zero.stage  # the engine runs 16-bit stage 0 as stage 1 (train/zero.py)
-
-    def shared(size: int, from_stage: int) -> int:
-        return -(-size // workers) if stage >= from_stage else size
-
-    return Memory(
-        parameters=shared(width * parameters, 3),
-        gradients=shared(width * parameters, 2),
-        optimizer=shared(optimizer, 1),
-        activations=round(p.micro_batch * width * model.activations()),
+        measured=measured,
     )

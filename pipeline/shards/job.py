@@ -22,7 +22,6 @@ from pipeline.shards.layout import PlannedShard, plan_shards
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
 from pipeline.shards.samples import Sample, printable, read_samples
 from pipeline.shards.sources import FolderSource, Listing, open_source
-from pipeline.shards.tasks import run_tasks
 from pipeline.shards.writer import WrittenShard, write_shard
 
 
@@ -95,6 +94,8 @@ def _write_all(shard: Shard, source: FolderSource, listing: Listing, planned: li
     """Results in no particular order."""
     jobs, shared = [(len(p.samples), (p,)) for p in planned], (source, shard.images, listing.classes, directory)
     results, dropped = list[ShardResult](), Counter[str]()
+    from pipeline.shards.tasks import run_tasks  # Ray comes with it, of which a plan has no need
+
     for result in run_tasks("shard", "images", write_planned, jobs, shared, shard.workers, lambda: f"{dropped.total():,} dropped"):
         results.append(result)
         dropped.update(result.dropped)

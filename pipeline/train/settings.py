@@ -61,7 +61,8 @@ def settings(config: Pretrain, rounds: int, world_size: int) -> dict[str, Any]:
 def stage_of(config: Pretrain) -> int:
     """The stage that DeepSpeed runs. In 16 bits its stage 0 takes a step of its own before the first (it decays weights and counts in
     Adam's bias correction), and does not give out fp32 weights. Stage 1 sends as many bytes and does neither."""
-    return config.zero.stage if config.precision == "fp32" else max(1, config.zero.stage)
+    least = 0 if config.precision == "fp32" else 1
+    return max(least, config.zero.stage)  # one that the plan is still to choose counts as the least
 
 
 def check_raw(raw: Mapping[str, Any]) -> None:

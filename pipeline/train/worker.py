@@ -24,10 +24,11 @@ from pipeline.checkpoint.ledger import Ledger
 from pipeline.checkpoint.model import open_model
 from pipeline.checkpoint.requests import Requests
 from pipeline.checkpoint.retain import retention_of
+from pipeline.checkpoint.run import kept_micro_batch
 from pipeline.checkpoint.save import Saver
 from pipeline.config import Config, load_config
 from pipeline.config.pretrain import Pretrain
-from pipeline.core.errors import ConfigError, Preempted, TesseraError
+from pipeline.core.errors import ConfigError, OutOfMemory, Preempted, TesseraError
 from pipeline.core.progress import say
 from pipeline.core.tracking import Tracker
 from pipeline.core.world import World
@@ -35,9 +36,11 @@ from pipeline.models import Model, build
 from pipeline.models.options import Options
 from pipeline.objectives import Facts, build_objective
 from pipeline.plan import make_plan
+from pipeline.plan.devices import host_memory
+from pipeline.plan.fit import explain_out_of_memory, has_auto, is_out_of_memory, settle
 from pipeline.stream import Collection, open_collection, open_dataset, open_stream
 from pipeline.train.communication import watching
-from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, prepare_inputs
+from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, planned_facts, prepare_inputs
 from pipeline.train.keeper import Regroup, Signals
 from pipeline.train.loop import train
 from pipeline.train.optim import build_optimizer
@@ -59,8 +62,22 @@ def run_worker(run: Run, world: World, tracker: Tracker | None, signals: Signals
         TesseraError: what a person can mend, with one plain sentence; Diverged, Fenced; Preempted where `signals` ask for the end.
     """
     with Ledger(run, world) as ledger:
-        seconds, ledger.is_finished = _run(run, world, tracker, signals, ledger)
+        try:
+            seconds, ledger.is_finished = _run(run, world, tracker, signals, ledger)
+        except (MemoryError, RuntimeError) as e:
+            if is_out_of_memory(e):
+                raise _out_of_memory(run, world) from e
+            raise
         return seconds, ledger.is_finished
+
+
+def _out_of_memory(run: Run, world: World) -> OutOfMemory:
+    """With what the plan has most of, and the smallest change that fits."""
+    p = _pretrain(run)
+    data = open_collection(run.data, p.split, run.config.storage.endpoint, block=p.loader.block, cache=p.loader.cache)
+    plan = make_plan(run.config, data.samples, planned_facts(p, len(data.classes)), world.size)
+    has = torch.cuda.mem_get_info(world.device)[1] if world.device.type == "cuda" else host_memory() // world.size
+    return OutOfMemory(explain_out_of_memory(plan, has))
 
 
 def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledger: Ledger) -> tuple[dict[str, float], bool]:
@@ -196,6 +213,15 @@ def keep_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _settled(config: Config, world: World) -> Config:
+    """With numbers where it says `auto`; the same on every rank."""
+    p = config.pretrain
+    if p is None or not has_auto(p):
+        return config
+    data = open_collection(config.data or [], p.split, config.storage.endpoint, block=p.loader.block, cache=p.loader.cache)
+    return settle(config, planned_facts(p, len(data.classes)), world.size, kept_micro_batch(config))
+
+
 @click.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1)
@@ -207,7 +233,7 @@ def main(config: str, overrides: tuple[str, ...]) -> None:
     signals = Signals()
     try:
         # Every rank claims the run: whoever is first makes it, the others find the same.
-        run = claim_run(load_config(config, list(overrides)))
+        run = claim_run(_settled(load_config(config, list(overrides)), world))
         if world.is_main:
             parent, tracker = run.tracker(), stage_tracker(run)
         with signals.listening():

