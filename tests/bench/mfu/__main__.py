@@ -245,9 +245,9 @@ def _has(model: str, variant: str) -> bool:
 def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    for name in (package, f"{package}_torch"):
+    for each in (package, f"{package}_torch"):
         try:
-            return version(name)
+            return version(each)
         except PackageNotFoundError:
             continue
     return ""
