@@ -5,8 +5,8 @@ these calls, which none can pass by, and takes it away again.
 
 On a CPU (gloo) a call blocks, so its wall time is what it costs. On a GPU (NCCL) calls return at once, and what they cost is what the
 compute stream waits: CUDA events are recorded on it before and after each call and each wait (for a Work, or for another stream, on which
-ZeRO's stage 3 gathers ahead). What overlaps with computing costs nothing and is not counted; nor are collectives that DeepSpeed runs on
-streams of its own. Waiting for a slower rank is counted in both cases.
+ZeRO's stage 3 gathers ahead). What overlaps with computing costs nothing and is not counted; nor is the time of collectives that DeepSpeed
+runs on streams of its own, beyond what the compute stream then waits for them. Waiting for a slower rank is counted in both cases.
 
 Bytes are of the whole tensor that a collective is about: what is reduced, the gathered result, what is scattered. A ring carries
 2 (w - 1) / w of that a rank in an all-reduce, (w - 1) / w in an all-gather and in a reduce-scatter.
@@ -72,8 +72,7 @@ def watching(clock: Clock) -> Iterator[None]:
         replace(dist.ProcessGroup, name, partial(_counted, clock, kind, whole))
     replace(dist.Work, "wait", lambda wait: wait)
     if clock.is_async:
-        replace(torch.cuda.Stream, "wait_stream", lambda wait: wait)
-        replace(torch.cuda.Stream, "wait_event", lambda wait: wait)
+        replace(torch.cuda.Stream, "wait_event", lambda wait: wait)  # wait_stream calls it
     try:
         yield
     finally:

@@ -106,6 +106,21 @@ def test_collectives_are_counted_and_timed_and_then_left_alone() -> None:
     assert clock.sent == sent
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_on_a_gpu_only_what_the_compute_stream_waits_is_counted() -> None:
+    clock, side = Clock(is_async=True), torch.cuda.Stream()
+    long, short = 400_000_000, 40_000_000  # clock cycles
+    with watching(clock):
+        clock.start()
+        for beside, own in ((long, 0), (short, long)):
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(beside)
+            torch.cuda._sleep(own)
+            torch.cuda.current_stream().wait_stream(side)
+            exposed = clock.exposed()
+            assert exposed > 0.05 if own == 0 else exposed < 0.01
+
+
 def test_what_a_device_tells() -> None:
     values = {"model": "vit_b16", "duration": "1 step", "precision": "bf16"}
     device = Device(Pretrain.model_validate({**values, "peak": 2.5}), World())
