@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -196,14 +197,15 @@ pace = Pace()
 
 
 class Lag:
-    """Tells a rank that is slower than the others for some time, for then all wait for it at each step."""
+    """Tells a rank that is slower than the others for some time, at least `lasts` seconds, for then all wait for it at each step."""
 
     _LOOKS = 3  # in a row
 
-    def __init__(self, factor: float | None, world: World) -> None:
-        self.factor, self.world = factor, world
+    def __init__(self, factor: float | None, world: World, lasts: float = 60.0) -> None:
+        self.factor, self.world, self.lasts = factor, world, lasts
         pace.is_on = factor is not None and world.size > 1
-        self._slow: tuple[int, int] = (-1, 0)  # which rank was the slowest, and in how many looks in a row
+        self._rank = -1  # the slowest one, if it is too slow
+        self._looks, self._since, self._is_told = 0, 0.0, False
 
     def look(self) -> float | None:
         """All ranks together: how many times as long as the median of the others the slowest takes by itself; None where nobody looks."""
@@ -211,19 +213,21 @@ class Lag:
             return None
         own = [0.0] * self.world.size
         own[self.world.rank] = pace.read()
-        seconds = self.world.sum(own)
-        return self.judge(seconds)
+        return self.judge(self.world.sum(own))
 
     def judge(self, seconds: list[float]) -> float:
         """`seconds` by rank."""
         assert self.factor is not None
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
-        others = sorted(seconds[:slowest] + seconds[slowest + 1 :])
-        usual = others[len(others) // 2]
-        ratio = seconds[slowest] / usual if usual > 0 else 1.0
-        rank, looks = self._slow
-        self._slow = (slowest, looks + 1 if rank == slowest else 1) if ratio > self.factor else (-1, 0)
-        if self._slow[1] == self._LOOKS and self.world.is_main:
+        usual = median(seconds[:slowest] + seconds[slowest + 1 :])
+        ratio, now = seconds[slowest] / usual if usual > 0 else 1.0, time.monotonic()
+        if ratio <= self.factor or slowest != self._rank:
+            self._rank = slowest if ratio > self.factor else -1
+            self._looks, self._since, self._is_told = 0, now, False
+        self._looks += 1
+        is_lasting = self._rank >= 0 and self._looks >= self._LOOKS and now - self._since >= self.lasts
+        if is_lasting and not self._is_told and self.world.is_main:
+            self._is_told = True
             say(
                 f"warning: pretrain: rank {slowest} lags: for its input and the forward pass it takes {ratio:.1f} times as long as the "
                 "others, which wait for it (a slower device, other work on its machine, or slow input)"

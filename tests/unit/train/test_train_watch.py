@@ -200,7 +200,7 @@ def test_who_lags() -> None:
     said: list[Event] = []
     set_sink(said.append)
     try:
-        lag = Lag(1.5, World(0, 4))
+        lag = Lag(1.5, World(0, 4), lasts=0)
         assert lag.judge([1.0, 1.1, 0.9, 1.2]) == pytest.approx(1.2)
         for _ in range(2):
             assert lag.judge([1.0, 2.2, 1.0, 1.1]) == pytest.approx(2.2)
@@ -212,6 +212,10 @@ def test_who_lags() -> None:
         for _ in range(3):
             lag.judge([1.0, 9.0, 1.0, 1.1])
         assert len(said) == 2, "again, after it had not"
+        brief = Lag(1.5, World(0, 4))
+        for _ in range(9):
+            brief.judge([1.0, 9.0, 1.0, 1.1])
+        assert len(said) == 2, "not for a minute"
         assert Lag(None, World(0, 4)).look() is None and Lag(1.5, World()).look() is None
     finally:
         set_sink(None)
