@@ -27,6 +27,9 @@ HEAP_BELOW = 32 * 2**20  # bytes; smaller tensors lie in glibc's heap, which kee
 # What is neither ours nor torch's to account for: on a CPU libraries' work space and Python's objects (measured: 0.08 to 0.14 GiB); on a
 # GPU CUDA's context and NCCL's channels (about 0.5 and 1 GiB, not measured here).
 RUNTIME_CPU, RUNTIME_GPU = 100 * 2**20, 3 * 2**29
+# Of a CPU's heap, beside what lies in it: holes between activations and gradients, and what gloo and its threads take where there is more
+# than one worker. What was measured above the rest, in 16 runs (tests/bench/RESULTS.md).
+HOLES, GLOO = 0.12, 100 * 2**20
 
 ITEMS = ("parameters", "gradients", "optimizer", "averages", "activations", "logits", "buffers", "temporaries", "runtime", "allocator")
 Amounts = dict[str, int]
@@ -144,21 +147,19 @@ def memory_of(s: Setup) -> Memory:
 
 def _keep_freed(moments: dict[str, Amounts], s: Setup) -> None:
     """glibc's heap gives nothing back: it stays as large as it was at its fullest, and later small tensors lie in it. In it are
-    activations, gradients that parameters hold, and the model as it was built; at stage 0 the parameters themselves and their moments."""
+    activations and gradients that parameters hold, with holes between them, and the model as it was built; at stage 0 the parameters
+    themselves and their moments."""
     small = s.tensors.small / max(1, s.tensors.parameters)
-
-    def heap(name: str, amounts: Amounts) -> float:
-        inside = amounts.get("activations", 0) + amounts.get("logits", 0) + small * amounts.get("_held", 0)
-        if s.stage == 0:
-            inside += small * (amounts["parameters"] + amounts["optimizer"])
-        elif name == "start":
-            inside += small * (4 * s.tensors.parameters + (s.width * s.tensors.parameters // s.workers if s.stage == 3 else 0))
-        return inside
-
-    heaps = {name: heap(name, each) for name, each in moments.items()}
+    built = 4 * s.tensors.parameters + (s.width * s.tensors.parameters // s.workers if s.stage == 3 else 0)  # and stage 3's parts
+    lying: dict[str, float] = {}
+    fullest = 0.0
     for name, each in moments.items():
-        each.pop("_held", None)
-        each["allocator"] = round(max(heaps.values()) - heaps[name]) if name != "start" else 0
+        loose = each.get("activations", 0) + each.get("logits", 0) + small * each.pop("_held", 0)
+        whole = small * (each["parameters"] + each["optimizer"]) if s.stage == 0 else small * built if name == "start" else 0.0
+        lying[name] = loose + whole
+        fullest = max(fullest, (1 + HOLES) * loose + whole)
+    for name, each in moments.items():
+        each["allocator"] = 0 if name == "start" else round(fullest - lying[name])
 
 
 class _Stage0:
@@ -182,7 +183,7 @@ class _Stage0:
             "parameters": self.parameters(),
             "optimizer": 0 if s.offload != "none" and not s.on_cpu else state,
             "averages": 4 * self.own if s.has_average else 0,
-            "runtime": RUNTIME_CPU if s.on_cpu else RUNTIME_GPU,
+            "runtime": RUNTIME_CPU + (GLOO if s.workers > 1 else 0) if s.on_cpu else RUNTIME_GPU,
         }
 
     def parameters(self) -> int:
