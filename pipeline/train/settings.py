@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, choose
+from pipeline.plan.memory import REDUCE_BUCKET
 
 WHERE = "pretrain.deepspeed"
 # What the config says elsewhere, or Tessera does itself.
@@ -32,8 +33,8 @@ _RAW = frozenset({
 })  # fmt: skip
 
 
-def settings(config: Pretrain, rounds: int, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; `rounds` micro-batches of each of `world_size` ranks make a step."""
+def settings(config: Pretrain, rounds: int, world_size: int, parameters: int = REDUCE_BUCKET) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model of so many `parameters`; `rounds` micro-batches of each of `world_size` ranks make a step."""
     zero = config.zero
     host = {"device": "cpu", "pin_memory": True}
     ours = {
@@ -42,6 +43,7 @@ def settings(config: Pretrain, rounds: int, world_size: int) -> dict[str, Any]:
         "train_batch_size": config.micro_batch * rounds * world_size,
         "zero_optimization": {
             "stage": stage_of(config),
+            "reduce_bucket_size": min(REDUCE_BUCKET, parameters),  # it is made anew each step, however little of it is filled
             **({"offload_optimizer": host} if zero.offload != "none" else {}),
             **({"offload_param": host} if zero.offload == "all" else {}),
             **({"zero_hpz_partition_size": zero.hpz} if zero.hpz > 1 else {}),

@@ -129,7 +129,7 @@ class Engine:
         self._limits = [(parameter, *model.limits[name]) for name, parameter in model.named_parameters() if name in model.limits]
         if world.size % config.zero.hpz:
             raise ConfigError(f"pretrain.zero.hpz: {config.zero.hpz} does not divide the number of workers, which is {world.size}")
-        how = settings(config, rounds, world.size)
+        how = settings(config, rounds, world.size, model.parameter_count)
         with contextlib.redirect_stdout(sys.stderr):
             self.engine, self.optimizer, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=how)
         if self.is_plain and world.size == 1:  # here DeepSpeed would copy all gradients to one tensor, and back: a tenth of a small step

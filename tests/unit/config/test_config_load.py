@@ -308,7 +308,7 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (minimal(bacth=3), "pretrain.bacth: no such key, did you mean 'batch'? (allowed: batch, duration, "),
+        (minimal(bacth=3), "pretrain.bacth: no such key, did you mean 'batch'? (allowed: average, batch, compile, "),
         ({**MINIMAL, "pretain": {}}, "pretain: no such key, did you mean 'pretrain'? (allowed: cluster, data, "),
         (minimal(optimizer={"lrr": 1}), "pretrain.optimizer.lrr: no such key, did you mean 'lr'? (allowed: betas, clip, eps, lr, "),
         ({**MINIMAL, "evaluate": {"suites": [{"name": "x", "dta": "y"}]}}, "evaluate.suites.0.dta: no such key, did you mean 'data'? (allowed: class_names, data, name, templates, test, train)"),

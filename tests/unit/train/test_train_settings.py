@@ -34,8 +34,14 @@ def test_batches() -> None:
 @pytest.mark.parametrize(("precision", "stage", "runs"), [("fp32", 0, 0), ("bf16", 0, 1), ("bf16", 2, 2), ("fp16", 3, 3)])
 def test_stages(precision: str, stage: int, runs: int) -> None:
     found = deepspeed(precision=precision, zero={"stage": stage})
-    assert found["zero_optimization"] == {"stage": runs}
+    assert found["zero_optimization"]["stage"] == runs
     assert (found["bf16"]["enabled"], found["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
+
+
+def test_a_small_model_has_a_small_bucket() -> None:
+    p = config().pretrain
+    assert p is not None
+    assert [settings(p, 3, 2, n)["zero_optimization"]["reduce_bucket_size"] for n in (1000, 10**9)] == [1000, 500_000_000]
 
 
 def test_where_states_lie() -> None:
