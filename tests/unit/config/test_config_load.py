@@ -310,7 +310,7 @@ def test_files_that_are_no_configs(tmp_path: Path) -> None:
     [
         (minimal(bacth=3), "pretrain.bacth: no such key, did you mean 'batch'? (allowed: average, batch, compile, "),
         ({**MINIMAL, "pretain": {}}, "pretain: no such key, did you mean 'pretrain'? (allowed: cluster, data, "),
-        (minimal(optimizer={"lrr": 1}), "pretrain.optimizer.lrr: no such key, did you mean 'lr'? (allowed: betas, clip, eps, lr, "),
+        (minimal(optimizer={"lrr": 1}), "pretrain.optimizer.lrr: no such key, did you mean 'lr'? (allowed: betas, clip, eps, head_weight_decay, "),
         ({**MINIMAL, "evaluate": {"suites": [{"name": "x", "dta": "y"}]}}, "evaluate.suites.0.dta: no such key, did you mean 'data'? (allowed: class_names, data, name, templates, test, train)"),
         (minimal(batch="many"), "pretrain.batch: 'many' should be a valid integer"),
         (minimal(batch=0), "pretrain.batch: 0 should be greater than or equal to 1"),
