@@ -10,10 +10,9 @@ import torch
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.progress import say
 from pipeline.core.world import World
+from pipeline.plan.devices import DEVICES
 from pipeline.train.speed import Row
 
-# A word of the device's name -> dense 16-bit TFLOP/s, as its data sheet has it for the SXM module.
-PEAKS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
 _STATUS = Path("/proc/self/status")
 
 
@@ -26,8 +25,8 @@ class Device:
         self._tells_power = self._is_gpu and self._try_power(world)
 
     def _known_peak(self, precision: str) -> float | None:
-        name = torch.cuda.get_device_name() if self._is_gpu else ""
-        return next((tflops * 1e12 for word, tflops in PEAKS.items() if word in name and precision != "fp32"), None)
+        name = torch.cuda.get_device_name().lower() if self._is_gpu else ""
+        return next((device.peak(precision) for word, device in DEVICES.items() if word in name), None)
 
     def _try_power(self, world: World) -> bool:
         try:

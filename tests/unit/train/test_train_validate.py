@@ -67,7 +67,7 @@ CLIP = (
     "pretrain.text={size: 520, length: 12}",
 )
 IGPT = ("pretrain.model={name: igpt, width: 16, depth: 2, heads: 2}", "pretrain.objective=next-pixel", "pretrain.palette=three-bit")
-TEMPLATES = ["a {}", "test {}", "{} {}"]
+TEMPLATES = ["a {}", "test {}", "{} again"]
 NEIGHBOURS = f"pretrain.validate.knn={{k: {K}, temperature: {TEMPERATURE}}}"
 ZERO_SHOT = f"pretrain.validate.zero_shot={{templates: {TEMPLATES}}}"
 # At stage 3 nothing is small enough to be kept whole: tokens and positions of a tower, which its features use, are in parts, too.
