@@ -27,10 +27,8 @@ from pipeline.core.world import World
 _OVERFLOWS = 100  # updates in a row that fp16 may leave out while it looks for the scale of its loss
 _NORMAL = 1.4826  # the standard deviation of a normal distribution by its median absolute deviation
 _FLOOR = 0.02  # of where the loss began: the least deviation that counts, for on a plateau, or where all is learnt, there is hardly any
-_ADVICE = (
-    "try a lower pretrain.optimizer.lr, a longer pretrain.schedule.warmup or a pretrain.optimizer.clip, and look at the samples that "
-    "`python -m pipeline.stream --run RUN --skipped` names"
-)
+_ADVICE = "try a lower pretrain.optimizer.lr or a longer pretrain.schedule.warmup"
+_SAMPLES = "`python -m pipeline.stream --run RUN --skipped` names the samples"
 
 
 class Trouble(Exception):
@@ -144,7 +142,7 @@ class Guard:
         self.place = max(self.place, step)
         if self.tries > self.config.rewinds:
             times = "was not to go back (pretrain.guard.rewinds)" if self.tries == 1 else f"had gone back {_times(self.tries - 1)} already"
-            raise Diverged(f"pretrain: at step {step:,} {what}, and training {times}; {_ADVICE}")
+            raise Diverged(f"pretrain: at step {step:,} {what}, and training {times}; {_ADVICE} ({_SAMPLES})")
         older = [commit for commit in commits if self._base is not None and commit.step < self._base]
         self.rewinds += 1
         return older[-1] if self.tries > 1 and older else newest
