@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from pipeline.config import Config
-from pipeline.config.pretrain import AUTO, Pretrain, Zero
+from pipeline.config.pretrain import AUTO, Pretrain
 from pipeline.core.errors import ConfigError
 from pipeline.core.units import format_bytes
 from pipeline.objectives import Facts
@@ -30,7 +30,7 @@ def smallest_change(load: Workload, room: int) -> Changes | None:
     p = load.pretrain
     if smaller := _largest_micro_batch(load, room, p.micro_batch - 1):
         return {"pretrain.micro_batch": smaller}
-    steps = list(_steps(p))
+    steps = list(_steps(load))
     for change in steps:
         if _changed(load, change).memory.peak <= room:
             return change
@@ -50,15 +50,15 @@ def smallest_change(load: Workload, room: int) -> Changes | None:
     return None
 
 
-def _steps(p: Pretrain) -> Iterator[Changes]:
-    if "recompute" in Pretrain.model_fields and not getattr(p, "recompute", False):
+def _steps(load: Workload) -> Iterator[Changes]:
+    p = load.pretrain
+    if load.has_blocks and not p.recompute:
         yield {"pretrain.recompute": True}
     for stage in range(p.zero.stage + 1, 4):
         yield {"pretrain.zero.stage": stage}
-    known = get_args(Zero.model_fields["offload"].annotation)
     if p.zero.offload == "none":
         yield {"pretrain.zero.stage": max(1, p.zero.stage), "pretrain.zero.offload": "optimizer"}
-    if p.zero.offload != "all" and "all" in known:
+    if p.zero.offload != "all":
         yield {"pretrain.zero.stage": 3, "pretrain.zero.offload": "all"}
 
 

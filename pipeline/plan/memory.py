@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pipeline.config.pretrain import Optimizer
 from pipeline.plan.live import Live
 
-# DeepSpeed's defaults, in numbers (runtime/zero/config.py); train/zero.py leaves them as they are.
+# DeepSpeed's defaults, in numbers (runtime/zero/config.py); train/settings.py makes the first no larger than the model.
 REDUCE_BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
 MAX_LIVE = 1_000_000_000
@@ -112,23 +112,20 @@ class Memory:
 
 def moment_bytes(optimizer: Optimizer, tensors: Tensors) -> int:
     """Of the optimiser's moments, of all parameters: m and v of Adam and its kin, the momentum of SGD; of Adafactor (arXiv 1804.04235)
-    rows and columns of v, and a momentum."""
+    rows and columns of v, and a momentum in 16 bits."""
     match optimizer.name:
         case "sgd":
             return 4 * tensors.parameters if optimizer.momentum else 0
         case "adafactor":
-            return 4 * tensors.factored + (4 * tensors.parameters if optimizer.momentum else 0)
+            return 4 * tensors.factored + (2 * tensors.parameters if optimizer.betas[0] else 0)
         case _:
             return 8 * tensors.parameters
 
 
-def _temporaries(optimizer: Optimizer, numbers: int, on_cpu: bool) -> int:
-    """What a step of torch's optimisers needs on the way, for flat tensors of `numbers`: on a CPU AdamW's loop makes sqrt(v), and that
-    divided by its bias correction, each as large as v; on a GPU its foreach form makes one list of them. SGD adds weight decay to a copy
-    of the gradient."""
-    if optimizer.name == "sgd":
-        return 4 * numbers if optimizer.weight_decay else 0
-    return (8 if on_cpu else 4) * numbers
+def _temporaries(optimizer: Optimizer, numbers: int) -> int:
+    """What a step needs on the way, for flat tensors of `numbers`: nothing of torch's optimisers, which are fused; of ours, whose update
+    depends on whole parameters (train/optimizers.py), two tensors of that size."""
+    return 0 if optimizer.name in ("adamw", "adam", "sgd") else 8 * numbers
 
 
 def memory_of(s: Setup) -> Memory:
@@ -223,7 +220,7 @@ class _Stage0:
 
     def update(self) -> Amounts:
         numbers = self.s.tensors.largest if self.s.on_cpu else self.all
-        return {**self.held(self.s.width * self.all), "temporaries": _temporaries(self.s.optimizer, numbers, self.s.on_cpu)}
+        return {**self.held(self.s.width * self.all), "temporaries": _temporaries(self.s.optimizer, numbers)}
 
     def host(self) -> Amounts:
         """The checkpoint's copy is of this worker's fragments: fp32 weights, moments, average (checkpoint/memory.py)."""
@@ -238,7 +235,7 @@ class _Stage0:
         return {"checkpoint": own, "optimizer": offloaded, "parameters": parameters, "batches": s.inputs}
 
     def buckets(self) -> Amounts:
-        return {"reduce_bucket_size": REDUCE_BUCKET * self.s.width}
+        return {"reduce_bucket_size": min(self.all, REDUCE_BUCKET) * self.s.width}
 
 
 class _Stage12(_Stage0):
@@ -248,8 +245,7 @@ class _Stage12(_Stage0):
         super().__init__(s, share)
         self.own = share
         self.full = min(self.all, REDUCE_BUCKET)  # numbers of the fullest bucket
-        # All of a bucket is there from the first gradient on; a CPU's memory comes as it is written to.
-        self.bucket = s.width * (self.full if s.on_cpu else REDUCE_BUCKET)
+        self.bucket = s.width * self.full  # all of it is there from the first gradient on; a CPU's memory comes as it is written to
 
     def master(self) -> int:
         return 4 * self.own  # in fp32 too: DeepSpeed clones the part that it steps
@@ -287,7 +283,7 @@ class _Stage12(_Stage0):
         if s.offload != "none" and not s.on_cpu:
             return {"gradients": 0, "buffers": 4 * s.tensors.largest * s.width // 4}
         flat = 4 * self.own
-        step = max(_temporaries(s.optimizer, self.own, s.on_cpu), s.width * self.own if s.width < 4 else 0)
+        step = max(_temporaries(s.optimizer, self.own), s.width * self.own if s.width < 4 else 0)
         return {"gradients": s.width * self.own + flat, "temporaries": step}
 
 
@@ -329,7 +325,7 @@ class _Stage3(_Stage12):
         s = self.s
         if s.offload != "none" and not s.on_cpu:
             return {}
-        step = max(_temporaries(s.optimizer, self.stepped, s.on_cpu), s.width * self.stepped if s.width < 4 else 0)
+        step = max(_temporaries(s.optimizer, self.stepped), s.width * self.stepped if s.width < 4 else 0)
         return {"gradients": 4 * self.stepped, "temporaries": step}
 
     def buckets(self) -> Amounts:

@@ -13,15 +13,18 @@ import torch.nn.functional as F
 
 from pipeline.config.pretrain import Pretrain
 from pipeline.models import Model, build, flops
+from pipeline.models.blockwise import blocks_of
 from pipeline.models.options import Options
 from pipeline.models.registry import family_of
-from pipeline.objectives import Facts, model_options
+from pipeline.objectives import OBJECTIVES, Facts, model_options
+from pipeline.objectives.joint import JointObjective
+from pipeline.objectives.pairs import TILE
 from pipeline.plan.live import Live, count_live
 from pipeline.plan.memory import HEAP_BELOW, Memory, Setup, Tensors, memory_of, moment_bytes
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PAIR_TILE = 4096  # captions of a tile of the contrastive losses
+FACTORED_FROM = 32  # rows and columns of a matrix whose second moment Adafactor factors (train/optimizers.py)
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,25 @@ class Workload:
 
     @property
     def hpz(self) -> int:
-        return int(getattr(self.pretrain.zero, "hpz", None) or 1)
+        return self.pretrain.zero.hpz
 
     @property
     def recompute(self) -> bool:
-        return bool(getattr(self.pretrain, "recompute", False))
+        return self.pretrain.recompute
 
     @property
     def has_average(self) -> bool:
-        return bool(getattr(self.pretrain, "average", None))
+        return self.pretrain.average is not None
+
+    @cached_property
+    def has_blocks(self) -> bool:
+        """Whether the model is made of blocks that can be computed once more."""
+        return bool(blocks_of(build(self.pretrain.model.name, self.options, device="meta")))
 
     @property
     def is_joint(self) -> bool:
         """Whether the loss is one of all pairs of the global batch."""
-        return family_of(self.pretrain.model.name) == "clip"
+        return issubclass(OBJECTIVES[self.pretrain.objective.name], JointObjective)
 
     @cached_property
     def tensors(self) -> Tensors:
@@ -99,7 +107,7 @@ class Workload:
         if not self.is_joint:
             return 0
         batch, own = self.pretrain.batch, self.rounds * self.pretrain.micro_batch
-        return 4 * (2 * batch * self.embedding + 4 * own * self.embedding + 3 * own * min(PAIR_TILE, batch) + 2 * batch)
+        return 4 * (2 * batch * self.embedding + 4 * own * self.embedding + 3 * own * min(TILE, batch) + 2 * batch)
 
     @property
     def waiting_bytes(self) -> int:
@@ -132,7 +140,8 @@ class Workload:
 def _tensors(name: str, options: Options) -> Tensors:
     parameters = list(build(name, options, device="meta").parameters())
     sizes = [p.numel() for p in parameters]
-    factored = sum(p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in parameters)
+    matrices = [(p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (1, p.numel()) for p in parameters]
+    factored = sum(rows + columns if min(rows, columns) >= FACTORED_FROM else rows * columns for rows, columns in matrices)
     return Tensors(sum(sizes), max(sizes), sum(n for n in sizes if 4 * n < HEAP_BELOW), factored)
 
 
