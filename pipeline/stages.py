@@ -49,6 +49,7 @@ from pipeline.train.keeper import Signals
 from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
 from pipeline.train.scores import check_data, check_scores, splits_of, wanted
+from pipeline.train.settings import check_raw
 from pipeline.train.zero import check_deepspeed, check_precision
 
 TIMINGS = "timings.json"
@@ -75,7 +76,7 @@ def check_config(config: Config) -> None:
         check_scores(p, has_many=len(config.data or []) > 1)
         choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
-        check_deepspeed(p)
+        check_raw(p.deepspeed)
         check_schedule(p)
         find_device(config.cluster, 1)
         if config.shard:
@@ -109,6 +110,8 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
     p, endpoint = config.pretrain, config.storage.endpoint
     if p and config.cluster.is_local:
         check_precision(p.precision)
+    if p and write:  # a plan imports no engine
+        check_deepspeed(p)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
     check_subject(config)

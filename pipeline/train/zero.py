@@ -23,7 +23,7 @@ from pipeline.core.errors import ConfigError, choose
 from pipeline.core.world import World
 from pipeline.models import Model
 from pipeline.models.blockwise import compile_blocks, recompute_blocks
-from pipeline.train.settings import WHERE, check_raw, settings, stage_of
+from pipeline.train.settings import WHERE, settings, stage_of
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
 from pipeline.train.watch import STEP, beat, pace
@@ -94,7 +94,6 @@ def check_deepspeed(config: Pretrain) -> None:
     """Raises ConfigError for what `pretrain.deepspeed` passes on and DeepSpeed would not take."""
     if not config.deepspeed:
         return
-    check_raw(config.deepspeed)
     _import_deepspeed()
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

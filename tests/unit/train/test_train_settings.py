@@ -55,7 +55,10 @@ def test_raw_keys_are_merged_section_by_section() -> None:
     found = deepspeed(zero={"stage": 2}, deepspeed=raw)
     assert found["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000} and found["steps_per_print"] == 7
     assert found["bf16"] == {"enabled": True, "immediate_grad_update": True}
-    check_config(config(zero={"stage": 2}, deepspeed=raw))
+    merged = config(zero={"stage": 2}, deepspeed=raw)
+    check_config(merged)
+    assert merged.pretrain is not None
+    check_deepspeed(merged.pretrain)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +78,11 @@ def test_raw_keys_are_merged_section_by_section() -> None:
     ],
 )
 def test_wrong_raw_keys_are_refused_before_anything_starts(raw: dict[str, Any], message: str) -> None:
+    p = config().pretrain
+    assert p is not None
     with pytest.raises(ConfigError, match=message):
         check_config(config(deepspeed=raw))
+        check_deepspeed(p.model_copy(update={"deepspeed": raw}))
 
 
 def test_nothing_raw_asks_for_no_engine() -> None:
