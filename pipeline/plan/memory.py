@@ -166,7 +166,8 @@ class _Stage0:
         self.s, self.share, self.live = s, share, s.live
         self.all = s.tensors.parameters
         self.own = self.all  # numbers that this worker's optimiser steps
-        self.moved = min(self.all, REDUCE_BUCKET + s.tensors.largest)
+        # Alone nothing is summed (train/zero.py).
+        self.moved = min(self.all, REDUCE_BUCKET + s.tensors.largest) if s.workers > 1 or s.width < 4 else 0
 
     def amounts(self, moment: str) -> Amounts:
         base, more = self.base(), getattr(self, moment)()
