@@ -177,8 +177,8 @@ class TakingTurns(Recorder):
         self.record = timed("record", self.record)  # type: ignore[method-assign]
         self.times.begin_turn()
 
-    def after_step(self, step: int, waited: float) -> None:
-        self.times.timed("hooks", super().after_step)(step, waited)
+    def after_step(self, step: int, waited: float, loss: torch.Tensor) -> int:
+        goes_on_from = self.times.timed("hooks", super().after_step)(step, waited, loss)
         if self.tracker:
             self.times.timed("MLflow's thread", _wait_until_sent)(self.tracker)
         self.times.end_turn()
@@ -188,6 +188,7 @@ class TakingTurns(Recorder):
         self.bare.step(images, batch.labels)
         self.world.barrier()
         self.times.begin_turn()
+        return int(goes_on_from)
 
 
 def _wait_until_sent(tracker: Tracker) -> None:

@@ -20,7 +20,7 @@ def test_an_error_survives_pickling(kind: type[TesseraError]) -> None:
 
 def test_exit_codes() -> None:
     expected = {
-        "TesseraError": 100, "UserError": 3, "ConfigError": 3, "StorageError": 3, "DataError": 3, "CheckpointError": 3, "CredentialsError": 3,
+        "TesseraError": 100, "UserError": 3, "ConfigError": 3, "StorageError": 3, "DataError": 3, "CheckpointError": 3, "CredentialsError": 3, "OutOfMemory": 3,
         "ClusterUnreachable": 4, "NoSuchRun": 102, "InfrastructureError": 33, "Unsaved": 33, "Preempted": 34, "Diverged": 65, "StageFailed": 100, "Fenced": 103,
     }  # fmt: skip
     assert {k.__name__: int(k.exit_code) for k in subclasses(TesseraError)} == expected

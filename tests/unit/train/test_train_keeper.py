@@ -148,6 +148,9 @@ def test_asked_through_the_run_directory(path: Path) -> None:
         t.steps(1, 1)
         ask(t.run, "stop")
         assert t.signals.stop.wait(15)
+        deadline = time.monotonic() + 15
+        while t.run.names("requests") and time.monotonic() < deadline:  # it is taken away once the event is set
+            time.sleep(0.01)
     assert t.run.names("requests") == [], "heard of"
     with pytest.raises(Preempted):
         t.steps(2, 2)
