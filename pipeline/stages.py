@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import yaml
+from torch import nn
 
 from pipeline import report
 from pipeline.checkpoint import Checkpoints, Run, claim_run
@@ -94,6 +95,8 @@ def _check_blocks(p: Pretrain, model: Model) -> None:
     for key in ("recompute", "compile"):
         if getattr(p, key) and not blocks_of(model):
             raise ConfigError(f"pretrain.{key}: is done to each Transformer block, and {p.model.name} has none (allowed: false)")
+    if p.optimizer.layer_decay and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:  # more than a patch embedding
+        raise ConfigError(f"pretrain.optimizer.layer_decay: goes by Transformer blocks, {p.model.name} has convolutions (allowed: null)")
 
 
 def made_by(configs: Sequence[Config]) -> frozenset[str]:

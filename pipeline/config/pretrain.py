@@ -133,7 +133,8 @@ class Optimizer(Section):
 
 
 class Average(Section):
-    """A moving average of the parameters, kept beside them (Polyak averaging); a run that has one is evaluated and exported by it."""
+    """A moving average of the parameters, kept beside them (Polyak averaging); a run that has one is evaluated and exported by it, with
+    the last buffers (BatchNorm's statistics); validation while training looks at the parameters themselves."""
 
     decay: Decay = 0.9999
 

@@ -80,7 +80,7 @@ def _key(load: Workload, device: Device) -> str:
     p = load.pretrain
     return fingerprint({
         "model": p.model.name, "options": load.options.model_dump(mode="json"), "objective": p.objective.name, "precision": p.precision,
-        "micro_batch": p.micro_batch, "recompute": load.recompute, "stage": load.stage, "offload": p.zero.offload,
+        "micro_batch": p.micro_batch, "recompute": load.recompute, "compile": p.compile, "stage": load.stage, "offload": p.zero.offload,
         "optimizer": p.optimizer.name, "device": device.name,
     })  # fmt: skip
 

@@ -180,7 +180,7 @@ class _Stage0:
         return {
             "parameters": self.parameters(),
             "optimizer": 0 if s.offload != "none" and not s.on_cpu else state,
-            "averages": 4 * self.own if s.has_average else 0,
+            "averages": 4 * self.own if s.has_average and (s.offload == "none" or s.on_cpu) else 0,
             "runtime": RUNTIME_CPU + (GLOO if s.workers > 1 else 0) if s.on_cpu else RUNTIME_GPU,
         }
 
@@ -231,7 +231,7 @@ class _Stage0:
         own = self.share * (4 + (4 if s.has_average else 0)) + moment_bytes(s.optimizer, s.tensors) // s.workers
         offloaded = 0
         if s.offload != "none":  # fp32 weights, their gradients, moments, and the 16-bit result on its way back
-            offloaded = (8 + s.width) * self.own + moment_bytes(s.optimizer, s.tensors) // s.workers
+            offloaded = (8 + s.width + (4 if s.has_average else 0)) * self.own + moment_bytes(s.optimizer, s.tensors) // s.workers
         parameters = s.width * self.own if s.offload == "all" else 0
         return {"checkpoint": own, "optimizer": offloaded, "parameters": parameters, "batches": s.inputs}
 

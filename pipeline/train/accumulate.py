@@ -23,6 +23,7 @@ from pipeline.objectives.joint import Embedded, JointObjective
 from pipeline.stream import Stream
 from pipeline.stream.batches import MicroBatch
 from pipeline.train.speed import Clock, Row
+from pipeline.train.watch import STEP, beat
 from pipeline.train.zero import Engine
 
 Totals = dict[str, torch.Tensor]  # of this rank: sums over micro-batches of the loss and each metric
@@ -90,6 +91,7 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
 
 def _begin(engine: Engine, batch: MicroBatch, seed: int) -> None:
     """Make the forward pass of `batch` what it is on any rank, after any restart, and a second time."""
+    beat(STEP)
     engine.module.train(batch.weight > 0)  # a filler must not enter BatchNorm's statistics
     # Dropout and its like depend on the micro-batch alone.
     torch.manual_seed((seed << 32) + batch.index)  # of 64 bits

@@ -150,7 +150,8 @@ class Adafactor(ShardedOptimizer):
                 mine.copy_(moment.each)
             else:
                 moment.estimate(part, layout.wholes[part.index].columns, update)
-            torch.div(part.of(gradient), mine.sqrt_(), out=mine)
+            # The product of a row's and a column's mean may be too small for fp32.
+            torch.div(part.of(gradient), mine.clamp_(min=_LEAST).sqrt_(), out=mine)
         clips = layout.means(update.square()).sqrt_().clamp_(min=1)
         for part in layout.slices:
             part.of(update).div_(clips[part.index])

@@ -41,7 +41,7 @@ class Profiler:
             self._profile.stop()
             self._keep(self._profile)
             self._profile = self._begin = None
-        elif step == self._begin:
+        elif self._profile is None and step == self._begin:
             gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
             self._profile.start()

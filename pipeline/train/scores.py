@@ -22,6 +22,7 @@ from pipeline.stream import Dataset, open_dataset
 from pipeline.stream.batches import MicroBatch, evaluation_batches, filler
 from pipeline.stream.text import Tokenizer
 from pipeline.train.speed import Row
+from pipeline.train.watch import VALIDATING, beat
 from pipeline.train.zero import Engine
 
 WHERE = "pretrain.validate"
@@ -153,6 +154,7 @@ def _zero_shot(
     own: list[torch.Tensor] = []
     places: list[int] = []
     for turn in range(-(-len(captions) // (p.micro_batch * world.size))):
+        beat(VALIDATING)
         start = (turn * world.size + world.rank) * p.micro_batch
         mine = range(start, min(start + p.micro_batch, len(captions)))
         tokens = tokenizer([captions[n] for n in mine] or captions[:1], engine.model.options.context)
@@ -171,6 +173,7 @@ def _run(
     batches = evaluation_batches(dataset, p.image.pixels, p.micro_batch, world.rank, world.size, workers=p.loader.workers, numbers=numbers)
     none, values, labels = filler(1, p.image.pixels), [], []
     for _ in range(-(-len(numbers) // (p.micro_batch * world.size))):
+        beat(VALIDATING)
         batch = next(batches, none).to(world.device)
         value = function(batch).float()
         is_real = batch.weight > 0

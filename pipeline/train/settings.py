@@ -20,6 +20,7 @@ _OURS = {
     "scheduler": "pretrain.schedule",
     "bf16.enabled": "pretrain.precision",
     "fp16.enabled": "pretrain.precision",
+    "zero_optimization.compute_grad_norm": "pretrain.guard, which goes by the norm",
     "zero_optimization.stage": "pretrain.zero.stage",
     "zero_optimization.offload_optimizer": "pretrain.zero.offload",
     "zero_optimization.offload_param": "pretrain.zero.offload",
@@ -27,9 +28,8 @@ _OURS = {
 }
 # What DeepSpeed reads at the top beside that, and a training of ours can have.
 _RAW = frozenset({
-    "zero_optimization", "bf16", "fp16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "disable_allgather",
-    "disable_python_gc", "dump_state", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print",
-    "data_types", "zero_force_ds_cpu_optimizer",
+    "zero_optimization", "bf16", "fp16", "communication_data_type", "disable_allgather", "disable_python_gc", "dump_state", "comms_logger",
+    "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "zero_force_ds_cpu_optimizer",
 })  # fmt: skip
 
 

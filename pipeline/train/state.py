@@ -226,7 +226,9 @@ class State:
             for rank in range(self.world.size):
                 share = own_share(f.key, f.name, f.tensor, rank, self.world.size)
                 if share is not None:
-                    dist.broadcast(share.tensor, src=rank)
+                    on = share.tensor.cuda() if torch.cuda.is_available() else share.tensor  # what is offloaded is in host memory
+                    dist.broadcast(on, src=rank)
+                    share.tensor.copy_(on)
 
 
 def _persistent_names(module: nn.Module) -> set[str]:
@@ -247,7 +249,7 @@ def _new_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], flat: to
     twin = type(optimizer)([{**options, "params": [probe]}], lr=options["lr"])  # type: ignore[call-arg]
     twin.step()
     tensors = {key: value for key, value in twin.state[probe].items() if torch.is_tensor(value)}
+    like = {key: flat if value.shape == probe.shape else value for key, value in tensors.items()}
     return {
-        key: torch.zeros_like(flat if value.shape == probe.shape else value, memory_format=torch.contiguous_format).detach()
-        for key, value in tensors.items()
+        key: torch.zeros_like(each, dtype=tensors[key].dtype, memory_format=torch.contiguous_format).detach() for key, each in like.items()
     }

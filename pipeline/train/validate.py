@@ -17,6 +17,7 @@ from pipeline.stream.batches import evaluation_batches, filler
 from pipeline.train.accumulate import mean_over_ranks
 from pipeline.train.scores import Scores, score
 from pipeline.train.speed import Row
+from pipeline.train.watch import VALIDATING, beat
 from pipeline.train.zero import Engine
 
 
@@ -45,6 +46,7 @@ def _loss(engine: Engine, objective: Objective, held_out: Dataset, stream: Strea
     none = filler(1, config.image.pixels, length)  # where other ranks have a batch more
     totals: dict[str, torch.Tensor] = {}
     for turn in range(-(-len(held_out) // (config.micro_batch * world.size))):
+        beat(VALIDATING)
         torch.manual_seed(turn * world.size + world.rank)  # the same masks each time
         batch = next(batches, none).to(world.device)
         loss, metrics = objective.loss(engine.module, batch)

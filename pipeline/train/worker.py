@@ -218,6 +218,8 @@ def _settled(config: Config, world: World) -> Config:
     p = config.pretrain
     if p is None or not has_auto(p):
         return config
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.device)  # whose memory is looked at
     data = open_collection(config.data or [], p.split, config.storage.endpoint, block=p.loader.block, cache=p.loader.cache)
     return settle(config, planned_facts(p, len(data.classes)), world.size, kept_micro_batch(config))
 

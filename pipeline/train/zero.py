@@ -143,6 +143,10 @@ class Engine:
         if config.average:
             self.state.start_average()
         self.statistics = Statistics(self.state, world)
+        # BatchNorm's, as they were after the last update: a forward pass moves them before it is known to be bad.
+        self._statistics = [(b, b.clone()) for name, b in model.named_buffers() if name.endswith(_OWN_BUFFERS)]
+        if self.dtype == torch.float16:  # the guard says when it is enough
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     @property
     def module(self) -> nn.Module:
@@ -204,6 +208,8 @@ class Engine:
             self._last_flags, self._flags = self._flags, []
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
+            for buffer, kept in self._statistics:
+                buffer.copy_(kept) if self.is_left_out else kept.copy_(buffer)
             if not self.is_left_out:
                 self._average()
 
@@ -252,10 +258,13 @@ class Engine:
     def restored(self, numbers: dict[str, Any]) -> None:
         """To be called by all ranks after each has written its `fragments`: brings the state to wherever else it is kept."""
         self.state.set_scalars(numbers["optimizer"])
-        self.updates = numbers["updates"]
+        self.updates = numbers.get("updates", round(max(numbers["optimizer"].values(), default=0)))  # the first versions did not count
         self.state.spread()
-        for key, value in numbers["scaler"].items():
-            setattr(self.engine.optimizer.loss_scaler, key, value)
+        for buffer, kept in self._statistics:
+            kept.copy_(buffer)
+        if self.dtype == torch.float16:
+            for key, value in numbers["scaler"].items():
+                setattr(self.engine.optimizer.loss_scaler, key, value)
 
     def copies(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What every rank has a copy of between two steps, by name: the parameters, at stage 3 those that are small enough to stay whole;

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.train.layout import Layout, Slice, Whole, rectangles
 from pipeline.train.optimizers import Adafactor, StableAdamW
+from pipeline.train.state import _new_state
 
 LR, DECAY = 0.1, 0.2
 
@@ -104,3 +105,21 @@ def test_rectangles_cover_a_range_of_a_matrix(start: int, numel: int) -> None:
         assert torch.equal(view, matrix[row : row + view.shape[0], column : column + view.shape[1]])
         seen += view.flatten().tolist()
     assert seen == list(range(start, start + numel))
+
+
+def test_an_empty_row_and_column_are_left_alone() -> None:
+    """Of a dead channel that feeds a dead one: their product is too small for fp32."""
+    parameter = torch.full((64, 64), 2.0, requires_grad=True)
+    gradient = np.random.default_rng(0).normal(size=(64, 64)) * 1e-3
+    gradient[3], gradient[:, 5] = 0, 0
+    after = run(Adafactor([parameter], lr=LR, betas=(0.0, 0.9)), parameter, [gradient] * 3)
+    assert np.isfinite(after).all() and (after[3] == 2).all() and (after[:, 5] == 2).all() and (after[4, 6:] != 2).all()
+
+
+def test_the_engine_makes_the_state_that_the_optimizer_would() -> None:
+    flat = torch.zeros(7, requires_grad=True)
+    optimizer = Adafactor([flat], betas=(0.9, 0.99))
+    made = _new_state(optimizer, optimizer.param_groups[0], flat)
+    flat.grad = torch.zeros_like(flat)
+    optimizer.step()
+    assert {k: (v.dtype, v.shape) for k, v in made.items()} == {k: (v.dtype, v.shape) for k, v in optimizer.state[flat].items()}

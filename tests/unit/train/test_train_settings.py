@@ -67,6 +67,8 @@ def test_raw_keys_are_merged_section_by_section() -> None:
         ({"train_batch_size": 7}, r"pretrain\.deepspeed\.train_batch_size: is said by pretrain\.batch"),
         ({"optimizer": {"type": "Adam"}}, r"pretrain\.deepspeed\.optimizer: is said by pretrain\.optimizer"),
         ({"zero_optimization": {"stage": 2}}, r"pretrain\.deepspeed\.zero_optimization\.stage: is said by pretrain\.zero\.stage"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, r"compute_grad_norm: is said by pretrain\.guard, which goes by the norm"),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, r"pretrain\.deepspeed: 'data_types' is not known"),
         ({"bf16": {"enabled": True}}, r"pretrain\.deepspeed\.bf16\.enabled: is said by pretrain\.precision"),
         ({"comms_loger": {}}, r"pretrain\.deepspeed: 'comms_loger' is not known, did you mean 'comms_logger'"),
         (
@@ -101,6 +103,8 @@ def test_nothing_raw_asks_for_no_engine() -> None:
         ({"average": {"decay": 1.0}}, r"pretrain\.average\.decay"),
         ({"model": {"name": "resnet", "depths": [1, 1, 1, 1]}, "image": {"pixels": 32}, "recompute": True},
          r"pretrain\.recompute: is done to each Transformer block, and resnet has none"),
+        ({"model": {"name": "resnet", "depths": [1, 1, 1, 1]}, "image": {"pixels": 32}, "optimizer": {"layer_decay": 0.8}},
+         r"pretrain\.optimizer\.layer_decay: goes by Transformer blocks, resnet has convolutions"),
         ({"schedule": {"name": "cosine", "cooldown": "3 steps"}}, r"cooldown: is of the schedule rsqrt alone, and this is cosine"),
     ],
 )  # fmt: skip
