@@ -61,6 +61,7 @@ STATISTICS = [  # an image tower with BatchNorm
     f"pretrain.model={{name: clip, embed: 8, vision: {RESNET}, text: {TEXT}}}", "pretrain.objective=contrastive", CAPTIONS,
     "pretrain.image={pixels: 32, enlarge: true}",
 ]  # fmt: skip
+RATE = 0.01  # of the one step that shows a gradient; at 1 the scale would meet its limit
 FEW = 4  # steps of these
 
 
@@ -146,12 +147,12 @@ def main(config: str, results: str) -> None:
             after.go_on_from(before)
             found[f"moved{stage}"] = losses + [after.step() for _ in range(FEW // 2)]
         for name, overrides in EXACT.items():
-            sgd = "pretrain.optimizer={name: sgd, lr: 1.0, clip: null, weight_decay: 0}"
+            sgd = f"pretrain.optimizer={{name: sgd, lr: {RATE}, clip: null, weight_decay: 0}}"
             for micro in (3, 12):
                 parts = Parts(load_config(config, [f"name={name}-{micro}", *overrides, sgd, f"pretrain.micro_batch={micro}"]), world, stage)
                 before = parts.weights()
                 loss = parts.step()
-                found[f"{name}{stage}-{micro}"] = [loss, {key: (w - before[key]).tolist() for key, w in parts.weights().items()}]
+                found[f"{name}{stage}-{micro}"] = [loss, {key: ((before[key] - w) / RATE).tolist() for key, w in parts.weights().items()}]
     parts = Parts(load_config(config, ["name=statistics", *STATISTICS]), world, 0)
     parts.step()
     buffers = dict(parts.model.named_buffers())

@@ -93,10 +93,10 @@ def test_the_contrastive_gradient_is_that_of_one_big_batch(shop: Workshop, found
     for size, results in found.items():
         for stage in range(4):
             for micro in (3, 12):
-                value, change = results[f"{name}{stage}-{micro}"]
+                value, found_gradient = results[f"{name}{stage}-{micro}"]
                 assert value == pytest.approx(loss.item(), rel=1e-6), (size, stage, micro)
                 for key, gradient in expected.items():
-                    off = (torch.tensor(change[key]) + gradient).abs().max()
+                    off = (torch.tensor(found_gradient[key]) - gradient).abs().max()
                     assert off <= 1e-6 * max(1.0, largest), (size, stage, micro, key, float(off))
 
 

@@ -58,7 +58,12 @@ def alone(shop: Workshop) -> list[list[str] | None]:
             ),
             shop.job("fp16", "pretrain.precision=fp16"),
             shop.job("diverged", "pretrain.optimizer={name: sgd, lr: 1e+30}"),
-            shop.job("unseen", "pretrain.optimizer={name: sgd, lr: 1e+30, weight_decay: 1e+12}", "pretrain.duration=1 step"),
+            shop.job(
+                "unseen",
+                "pretrain.optimizer={name: sgd, lr: 1e+30, weight_decay: 1e+12}",
+                "pretrain.duration=1 step",
+                "pretrain.schedule.warmup=null",
+            ),
             shop.job("onward", f"pretrain.start={{from: {shop.root}/runs/alone@3, load: all}}"),
             shop.job(
                 "finer", f"pretrain.start={{from: {shop.root}/runs/alone@3}}", "pretrain.image.pixels=16", "pretrain.image.enlarge=true"
