@@ -27,6 +27,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTORED_FROM = 32  # rows and columns of a matrix whose second moment Adafactor factors (train/optimizers.py)
 
 
+def stage_of(config: Pretrain) -> int:
+    """The stage that DeepSpeed runs. In 16 bits its stage 0 takes a step of its own before the first (it decays weights and counts in
+    Adam's bias correction), and does not give out fp32 weights. Stage 1 sends as many bytes and does neither."""
+    least = 0 if config.precision == "fp32" else 1
+    return max(least, config.zero.stage)  # one that the plan is still to choose counts as the least
+
+
 @dataclass(frozen=True)
 class Workload:
     """One config's pre-training on `workers` workers, for a data's `facts`; figures are worked out as they are asked for."""
@@ -47,8 +54,8 @@ class Workload:
 
     @property
     def stage(self) -> int:
-        """As the engine runs it: 16-bit stage 0 as stage 1 (train/zero.py)."""
-        return self.pretrain.zero.stage if self.width == 4 else max(1, self.pretrain.zero.stage)
+        """As the engine runs it."""
+        return stage_of(self.pretrain)
 
     @property
     def micro_batches(self) -> int:

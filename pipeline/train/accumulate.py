@@ -24,10 +24,9 @@ from pipeline.stream import Stream
 from pipeline.stream.batches import MicroBatch
 from pipeline.train.speed import Clock, Row
 from pipeline.train.watch import STEP, beat
-from pipeline.train.zero import Engine
+from pipeline.train.zero import OWN_BUFFERS, Engine
 
 Totals = dict[str, torch.Tensor]  # of this rank: sums over micro-batches of the loss and each metric
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def accumulate(engine: Engine, objective: Objective, batches: Iterator[MicroBatch], stream: Stream, seed: int, clock: Clock) -> Totals:
@@ -82,7 +81,7 @@ def _joint(engine: Engine, objective: JointObjective, batches: Iterator[MicroBat
 @contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
     """BatchNorm's running statistics are as they were after this block: the pass that follows moves them, once."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(_STATISTICS)}
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(OWN_BUFFERS)}
     yield
     for name, buffer in model.named_buffers():
         if name in kept:

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, choose
 from pipeline.plan.memory import REDUCE_BUCKET
+from pipeline.plan.workload import stage_of
 
 WHERE = "pretrain.deepspeed"
 # What the config says elsewhere, or Tessera does itself.
@@ -58,13 +59,6 @@ def settings(config: Pretrain, rounds: int, world_size: int, parameters: int = R
         "wall_clock_breakdown": False,
     }
     return _merge(ours, config.deepspeed)
-
-
-def stage_of(config: Pretrain) -> int:
-    """The stage that DeepSpeed runs. In 16 bits its stage 0 takes a step of its own before the first (it decays weights and counts in
-    Adam's bias correction), and does not give out fp32 weights. Stage 1 sends as many bytes and does neither."""
-    least = 0 if config.precision == "fp32" else 1
-    return max(least, config.zero.stage)  # one that the plan is still to choose counts as the least
 
 
 def check_raw(raw: Mapping[str, Any]) -> None:

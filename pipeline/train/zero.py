@@ -23,13 +23,14 @@ from pipeline.core.errors import ConfigError, choose
 from pipeline.core.world import World
 from pipeline.models import Model
 from pipeline.models.blockwise import compile_blocks, recompute_blocks
-from pipeline.train.settings import WHERE, settings, stage_of
+from pipeline.plan.workload import stage_of
+from pipeline.train.settings import WHERE, settings
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
 from pipeline.train.watch import STEP, beat, pace
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
-_OWN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+OWN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's: each rank has those of its own micro-batches
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -144,7 +145,7 @@ class Engine:
             self.state.start_average()
         self.statistics = Statistics(self.state, world)
         # BatchNorm's, as they were after the last update: a forward pass moves them before it is known to be bad.
-        self._statistics = [(b, b.clone()) for name, b in model.named_buffers() if name.endswith(_OWN_BUFFERS)]
+        self._statistics = [(b, b.clone()) for name, b in model.named_buffers() if name.endswith(OWN_BUFFERS)]
         if self.dtype == torch.float16:  # the guard says when it is enough
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -272,7 +273,7 @@ class Engine:
         for name, parameter in self.engine.module.named_parameters():
             if self.stage < 3 or parameter.data.numel() == parameter.ds_numel:
                 yield name, parameter.data
-        yield from ((n, b) for n, b in self.engine.module.named_buffers() if not n.endswith(_OWN_BUFFERS))
+        yield from ((n, b) for n, b in self.engine.module.named_buffers() if not n.endswith(OWN_BUFFERS))
 
     def agree_on_buffers(self, has_samples: bool) -> None:
         """Average what each rank keeps for itself beside parameters: BatchNorm's running statistics, of its own micro-batches. A rank
