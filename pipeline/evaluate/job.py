@@ -109,9 +109,7 @@ def _work(config: Config, run: Storage, wanted: list[Wanted], card: ModelCard, w
                     progress.update(1, f"{len(failures)} failed" if failures else "")
                 if asked and ray.wait([asked], timeout=0)[0]:
                     asked = _show(progress, board, asked)
-    finally:
-        for reference in running.kinds:
-            ray.cancel(reference)
+    finally:  # tasks that still run end with the driver; Ray (2.60) may abort the process that cancels one as it finishes
         ray.kill(board)
     if failures:
         raise _explain(failures) from failures[0]

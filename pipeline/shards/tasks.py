@@ -56,6 +56,4 @@ def run_tasks(
             if isinstance(e, RayTaskError):
                 raise
             raise InfrastructureError(f"{label}: a task was lost and its retries too ({e})") from e
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+        # Tasks that still run end with the driver. Cancelled as it finishes, a task makes Ray (2.60) abort the driver.

@@ -163,7 +163,7 @@ def on_s3(bucket: str, endpoint: str) -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        pytest.param(["pretrain.colour=red"], ["pretrain.colour: no such key (allowed: batch, "], id="unknown-key"),
+        pytest.param(["pretrain.colour=red"], ["pretrain.colour: no such key (allowed: average, batch, "], id="unknown-key"),
         pytest.param(["pretrain.micro_bacth=4"], ["pretrain.micro_bacth: no such key, did you mean 'micro_batch'?"], id="misspelt-key"),
         pytest.param(["pretain.batch=4"], ["pretain: no such key, did you mean 'pretrain'?"], id="misspelt-section"),
         pytest.param(["pretrain.batch=many"], ["pretrain.batch: 'many' should be a valid integer"], id="wrong-type"),
