@@ -99,9 +99,11 @@ def evaluation_view_of(data: bytes, pixels: int, out: torch.Tensor) -> None:
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """uint8 (B, H, W, 3) to `dtype` (B, 3, H, W), (x / 255 - mean) / std, on the device of `images`."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    return (images * scale + shift).permute(0, 3, 1, 2).to(dtype)
+    width = images.shape[2]
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).repeat(width)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).repeat(width)
+    # By rows: a CPU takes ten times as long where the innermost dimension is the three channels.
+    return images.float().flatten(2).mul_(scale).add_(shift).view(images.shape).permute(0, 3, 1, 2).to(dtype)
 
 
 def _decode_other(data: bytes) -> np.ndarray:

@@ -54,7 +54,7 @@ def train(
         done = step + 1
         counts = by_layer is not None and done % by_layer == 0
         is_told = counts or done % plan.log_every == 0 or done in (1, plan.steps)
-        engine.statistics.watch(is_told)
+        engine.statistics.watch(is_told, counts)
         lr = config.optimizer.lr * factor(config.schedule.name, step, plan.steps, plan.warmup, plan.cooldown, plan.timescale)
         engine.set_lr(lr)
         totals = accumulate(engine, objective, batches, stream, seed, clock)

@@ -36,15 +36,15 @@ class Statistics:
         for part in state.parts:
             if (bounds := _own(part, world) if state.stage == 0 else (part.offset, part.offset + part.numel)) is not None:
                 self._parts[id(part.flat)].append((places[part.name], part.flat, *bounds))
-        self._is_watching = False
+        self._is_watching = self._has_gradients = False
         self._before: list[torch.Tensor] = []
         self._found: list[tuple[int, list[int], torch.Tensor]] = []  # what, of which parameters, norms of this rank's parts
         state.base.register_step_pre_hook(self._copy)
         state.base.register_step_post_hook(self._compare)
 
-    def watch(self, is_wanted: bool) -> None:
-        """Whether the next step is to be looked at."""
-        self._is_watching = is_wanted
+    def watch(self, is_wanted: bool, by_layer: bool = False) -> None:
+        """Whether the next step is to be looked at, and whether what is found will be read by layer."""
+        self._is_watching, self._has_gradients = is_wanted, by_layer
         self._found.clear()
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -63,7 +63,8 @@ class Statistics:
         stepped = self._stepped(optimizer)
         self._before = [weights.clone() for _, weights, _ in stepped]
         self._keep(_WEIGHT, stepped, self._before)
-        self._keep(_GRADIENT, stepped, [gradients for _, _, gradients in stepped])
+        if self._has_gradients:
+            self._keep(_GRADIENT, stepped, [gradients for _, _, gradients in stepped])
 
     def _compare(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._is_watching:
