@@ -51,7 +51,7 @@ from pipeline.train.optim import OPTIMIZERS
 from pipeline.train.schedule import SCHEDULES
 from pipeline.train.scores import check_data, check_scores, splits_of, wanted
 from pipeline.train.settings import check_raw
-from pipeline.train.zero import check_deepspeed, check_precision
+from pipeline.train.zero import check_deepspeed, check_precision, is_slow
 
 TIMINGS = "timings.json"
 
@@ -113,6 +113,8 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
     p, endpoint = config.pretrain, config.storage.endpoint
     if p and config.cluster.is_local:
         check_precision(p.precision)
+        if write and is_slow(p.precision):
+            say("warning: pretrain.precision: this CPU has no instructions for bf16, and fp32 would be many times as fast")
     if p and write:  # a plan imports no engine
         check_deepspeed(p)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pickle
+import platform
 import threading
 from collections.abc import Callable
 from itertools import islice, pairwise
@@ -23,7 +24,7 @@ from pipeline.stream import open_stream
 from pipeline.train.job import choose_workers
 from pipeline.train.optim import OPTIMIZERS, build_optimizer, parameter_groups
 from pipeline.train.schedule import SCHEDULES, factor
-from pipeline.train.zero import _hidden, check_precision
+from pipeline.train.zero import _hidden, check_precision, is_slow
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,13 @@ def test_fp16_needs_a_gpu() -> None:
         check_precision("fp16")
     check_precision("bf16")
     check_precision("fp32")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or platform.machine() != "x86_64", reason="not an x86 machine without a GPU")
+def test_bf16_is_slow_without_instructions_for_it() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert is_slow("bf16") == ("avx512f" not in flags), flags
+    assert not is_slow("fp32")
 
 
 def test_world() -> None:
