@@ -194,7 +194,9 @@ class Zero(Section):
         "none", description="keeps the optimiser's state, and its step, in the host's memory; all: the parameters as well (stage 3)"
     )
     hpz: Count = Field(
-        1, description="hierarchical partitioning of stage 3 (ZeRO++): so many neighbouring ranks, those of a node, hold all parameters too"
+        1,
+        description="hierarchical partitioning of stage 3 (ZeRO++): so many neighbouring ranks, those of a node, hold all parameters too; "
+        "divides every number of workers that cluster allows",
     )
 
     @model_validator(mode="after")
