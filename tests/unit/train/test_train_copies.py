@@ -24,14 +24,28 @@ def shop(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
     return Workshop(root)
 
 
-@pytest.mark.slow
-def test_one_bit_on_one_rank_is_found_at_every_stage(shop: Workshop) -> None:
+@pytest.fixture(scope="module")
+def tried(shop: Workshop) -> dict[str, Any]:
     results = shop.root / "flips.json"
     shop.start(3, [str(Path(__file__).with_name("flip.py")), str(shop.root / "config.yaml"), str(results)])
-    found = json.loads(results.read_text())
+    return json.loads(results.read_text())
+
+
+@pytest.mark.slow
+def test_one_bit_on_one_rank_is_found_at_every_stage(tried: dict[str, Any]) -> None:
+    found = tried["flips"]
     assert [(precision, stage) for precision, stage, *_ in found] == [(p, s) for p in ("fp32", "bf16") for s in range(4)]
     for _, _, count, last, told in found:
         assert count > 10 and told.startswith(f"pretrain: rank 2 holds not the same numbers of {last} as the others")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(2))
+def test_ranks_that_round_differently_hold_the_same(tried: dict[str, Any], number: int) -> None:
+    """StableAdamW's and Adafactor's means over parameters are rank 0's on all."""
+    kinds, told = tried["drifts"][number]
+    assert kinds > 1, "they do round differently"
+    assert told is None
 
 
 @pytest.mark.slow
