@@ -27,7 +27,7 @@ from pipeline.plan.workload import stage_of
 from pipeline.train.settings import WHERE, settings
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
-from pipeline.train.watch import STEP, beat, pace
+from pipeline.train.watch import STEP, beat
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
 OWN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's: each rank has those of its own micro-batches
@@ -122,6 +122,8 @@ class Engine:
         self.is_left_out = False  # whether the last update was, on all ranks, for a gradient that is not finite
         self._flags: list[torch.Tensor] = []  # whether the loss was finite, of each backward since the last update
         self._last_flags: list[torch.Tensor] = []  # of the last update
+        self._sound: dict[int, torch.Tensor] = {}  # which samples were, by number of the backward, where that is known
+        self._last_sound: dict[int, torch.Tensor] = {}
         self._scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
         for name in self._scalars:  # DeepSpeed cannot broadcast what has no dimension
             scalar = model.get_parameter(name)
@@ -180,10 +182,12 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks."""
-        pace.end()
+    def backward(self, loss: torch.Tensor, sound: torch.Tensor | None = None) -> None:
+        """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks. `sound` (b,): which of the
+        samples gave finite numbers, where the loss is one of all together and tells nothing of each."""
         beat(STEP)
+        if sound is not None:
+            self._sound[len(self._flags)] = sound
         finite = loss.detach().isfinite()
         self._flags.append(finite)
         # A loss that is no finite number need not have such a gradient. Now it has: by their sum all ranks know of it, and take no update.
@@ -207,6 +211,7 @@ class Engine:
         if is_update:
             self.is_left_out = not is_finite or self.engine.skipped_steps > before
             self._last_flags, self._flags = self._flags, []
+            self._last_sound, self._sound = self._sound, {}
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
             for buffer, kept in self._statistics:
@@ -225,6 +230,10 @@ class Engine:
         """Those backwards of the last update, from 0, whose loss on this rank was no finite number."""
         return [turn for turn, flag in enumerate(self._last_flags) if not flag]
 
+    def samples_not_finite(self) -> list[tuple[int, int]]:
+        """Of the last update, those samples of this rank that are known to have given no finite numbers: backward and place in it."""
+        return [(turn, place) for turn, sound in self._last_sound.items() for place, is_sound in enumerate(sound.tolist()) if not is_sound]
+
     def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
         """In all the forms that ZeRO keeps: the parameter or this rank's part of it, and the fp32 values behind that."""
         with torch.no_grad():
@@ -237,10 +246,15 @@ class Engine:
             elif getattr(parameter, "_hp_mapping", None) is not None:  # this rank keeps it
                 parameter._hp_mapping.get_hp_fragment().clamp_(low, high)  # type: ignore[attr-defined]
 
-    def gradient_norm(self) -> float:
-        """Of the last update, over all parameters and ranks, before clipping."""
+    @property
+    def norm(self) -> torch.Tensor:
+        """Of the gradient of the last update, over all parameters and ranks, before clipping: a scalar, which may still be computed; no
+        number where the update was left out."""
         norm = self._norm if self.is_plain else self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return torch.as_tensor(torch.nan if norm is None or self.is_left_out else norm)
+
+    def gradient_norm(self) -> float:
+        return float(self.norm)
 
     def fragments(self) -> list[Fragment]:
         """This rank's part of parameters and optimiser, as views; the same names and places each time."""

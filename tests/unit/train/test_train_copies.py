@@ -11,7 +11,7 @@ import pytest
 import torch
 from workshop import Workshop
 
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, read_history
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.train.copies import checksum, compare
@@ -58,11 +58,16 @@ def test_it_ends_a_run_and_nothing_of_it_is_saved(shop: Workshop) -> None:
             f"pretrain.guard.check={check}",
         )  # fmt: skip
 
-    errors = shop.train(2, [job("soon", "1 step"), job("at-a-save", "1000 steps"), job("unseen", "null")])
+    slow = shop.job("slow", "pretrain.zero.stage=3", "pretrain.objective={name: spoilt, slow: 0.1}", "pretrain.duration=3 steps")
+    errors = shop.train(2, [job("soon", "1 step"), job("at-a-save", "1000 steps"), job("unseen", "null"), slow])
     for name, error in zip(("soon", "at-a-save"), errors[:2], strict=True):
         assert error is not None and error[0] == "InfrastructureError" and "which are right cannot be told" in error[1]
         assert Checkpoints(shop.directory(name)).steps() == [6]
-    assert errors[2] is None
+    assert errors[2] is None and errors[3] is None
+    # Beside that: who lags at stage 3, where the others wait for it within their forward passes.
+    rows = [row for row in read_history(shop.directory("slow")) if "train/loss" in row]
+    own, mean = (sum(row[key] for row in rows) for key in ("slowest/compute", "time/compute"))
+    assert [row["slowest/rank"] for row in rows] == [1] * 3 and own > 0.9 and own > 1.5 * (2 * mean - own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
