@@ -1,6 +1,6 @@
 """Trains several configs one after the other in one process group: `torchrun .. drive.py JOBS.json RESULTS.json`.
 
-A job is {config, overrides}; its result is {error}: the name and text of what was raised, or null.
+A job is {config, overrides, and by_rank: further ones of a rank, by its number}; its result is {error}: the name and text of what was raised, or null.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.core.errors import TesseraError
 from pipeline.core.world import World
 from pipeline.train.keeper import Signals
-from pipeline.train.worker import run_worker, use_cores
+from pipeline.train.worker import run_worker, settled, use_cores
 
 
 def main(jobs: Path, results: Path) -> None:
@@ -26,7 +26,8 @@ def main(jobs: Path, results: Path) -> None:
     for job in json.loads(jobs.read_text()):
         error = None
         try:
-            run_worker(claim_run(load_config(job["config"], job["overrides"])), world, None, Signals())
+            config = load_config(job["config"], [*job["overrides"], *job.get("by_rank", {}).get(str(world.rank), [])])
+            run_worker(claim_run(settled(config, world)), world, None, Signals())
         except TesseraError as e:
             error = [type(e).__name__, str(e)]
         done.append({"error": error})
