@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from workshop import Workshop
 
 from pipeline.checkpoint import Checkpoints, read_history
@@ -59,15 +60,25 @@ def test_it_ends_a_run_and_nothing_of_it_is_saved(shop: Workshop) -> None:
         )  # fmt: skip
 
     slow = shop.job("slow", "pretrain.zero.stage=3", "pretrain.objective={name: spoilt, slow: 0.1}", "pretrain.duration=3 steps")
-    errors = shop.train(2, [job("soon", "1 step"), job("at-a-save", "1000 steps"), job("unseen", "null"), slow])
+    small, large = (f"cluster.device={{name: cpu, memory: {memory}}}" for memory in ("100 MiB", "8 GiB"))
+    auto = ["pretrain.micro_batch=auto", "pretrain.zero=auto", "pretrain.duration=1 step"]
+    chosen = [
+        shop.job("auto", *auto) | {"by_rank": {0: [large], 1: [small]}},
+        shop.job("none", *auto) | {"by_rank": {0: [small], 1: [large]}},
+    ]
+    errors = shop.train(2, [job("soon", "1 step"), job("at-a-save", "1000 steps"), job("unseen", "null"), slow, *chosen])
     for name, error in zip(("soon", "at-a-save"), errors[:2], strict=True):
         assert error is not None and error[0] == "InfrastructureError" and "which are right cannot be told" in error[1]
         assert Checkpoints(shop.directory(name)).steps() == [6]
-    assert errors[2] is None and errors[3] is None
+    assert errors[2:5] == [None] * 3
     # Beside that: who lags at stage 3, where the others wait for it within their forward passes.
     rows = [row for row in read_history(shop.directory("slow")) if "train/loss" in row]
     own, mean = (sum(row[key] for row in rows) for key in ("slowest/compute", "time/compute"))
     assert [row["slowest/rank"] for row in rows] == [1] * 3 and own > 0.9 and own > 1.5 * (2 * mean - own)
+    # And: what `auto` means is rank 0's to say, and that it finds nothing.
+    section = yaml.safe_load(shop.directory("auto").read("run.yaml"))["config"]["pretrain"]
+    assert (section["micro_batch"], section["zero"]["stage"]) == (10, 0)
+    assert errors[5] is not None and "pretrain.micro_batch: 'auto' finds nothing that fits into 100.0 MiB (cpu)" in errors[5][1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool])
