@@ -61,7 +61,7 @@ def test_it_ends_a_run_and_nothing_of_it_is_saved(shop: Workshop) -> None:
 
     slow = shop.job("slow", "pretrain.zero.stage=3", "pretrain.objective={name: spoilt, slow: 0.1}", "pretrain.duration=3 steps")
     small, large = (f"cluster.device={{name: cpu, memory: {memory}}}" for memory in ("100 MiB", "8 GiB"))
-    auto = ["pretrain.micro_batch=auto", "pretrain.zero=auto", "pretrain.duration=1 step"]
+    auto = ["pretrain.micro_batch=auto", "pretrain.zero=auto", "pretrain.duration=3 steps"]
     chosen = [
         shop.job("auto", *auto) | {"by_rank": {0: [large], 1: [small]}},
         shop.job("none", *auto) | {"by_rank": {0: [small], 1: [large]}},
