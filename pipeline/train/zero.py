@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.abc import MetaPathFinder
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from pipeline.core.world import World
 from pipeline.models import Model
 from pipeline.models.blockwise import compile_blocks, recompute_blocks
 from pipeline.plan.workload import stage_of
-from pipeline.train.settings import WHERE, settings
+from pipeline.train.settings import SECTIONS, WHERE, settings
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
 from pipeline.train.watch import STEP, beat
@@ -113,19 +113,28 @@ def check_deepspeed(config: Pretrain) -> None:
     if not config.deepspeed:
         return
     _import_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    kinds = (DeepSpeedZeroConfig, DeepSpeedBF16Config, DeepSpeedFP16Config, CommsLoggerConfig)
     merged = settings(config, 1, 1)
-    for key, kind in {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}.items():
+    for key, kind in zip(SECTIONS, kinds, strict=False):
         try:
-            kind(**merged[key])
+            kind(**merged.get(key, {}))
         except ValidationError as e:
             first = e.errors()[0]
             name = ".".join(str(part) for part in (key, *first["loc"]))
             if first["type"] != "extra_forbidden":
                 raise ConfigError(f"{WHERE}.{name}: {first['input']!r} is not taken by DeepSpeed ({first['msg']})") from None
-            choose(f"{WHERE}.{key}", str(first["loc"][0]), [field.alias or each for each, field in kind.model_fields.items()])
+            for part in first["loc"][:-1]:  # of a section in the section
+                inner = next(field.annotation for each, field in kind.model_fields.items() if part == (field.alias or each))
+                kind = next(each for each in (inner, *get_args(inner)) if hasattr(each, "model_fields"))
+            where = f"{WHERE}.{name.rpartition('.')[0]}"
+            choose(where, str(first["loc"][-1]), [field.alias or each for each, field in kind.model_fields.items()])
+    for name in merged.get("flops_profiler", {}):  # of which DeepSpeed passes over what it does not know
+        choose(f"{WHERE}.flops_profiler", name, vars(DeepSpeedFlopsProfilerConfig({})))
 
 
 class Engine:

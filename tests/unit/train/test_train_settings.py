@@ -76,6 +76,13 @@ def test_raw_keys_are_merged_section_by_section() -> None:
             r"pretrain\.deepspeed\.zero_optimization: 'reduce_buckt_size'.*reduce_bucket_size",
         ),
         ({"zero_optimization": {"reduce_bucket_size": -1}}, r"pretrain\.deepspeed\.zero_optimization\.reduce_bucket_size: -1 is not taken"),
+        (
+            {"zero_optimization": {"zenflow": {"topk_raio": 0.1}}},
+            r"pretrain\.deepspeed\.zero_optimization\.zenflow: 'topk_raio'.*'topk_ratio'",
+        ),
+        ({"comms_logger": {"enabld": True}}, r"pretrain\.deepspeed\.comms_logger: 'enabld' is not known, did you mean 'enabled'"),
+        ({"flops_profiler": {"module_dept": 1}}, r"pretrain\.deepspeed\.flops_profiler: 'module_dept'.*did you mean 'module_depth'"),
+        ({"bf16": True}, r"pretrain\.deepspeed\.bf16: True is no section of keys and values"),
         ({"fp16": {"loss_scale": "much"}}, r"pretrain\.deepspeed\.fp16\.loss_scale: 'much' is not taken by DeepSpeed"),
     ],
 )
