@@ -205,7 +205,9 @@ class Zero(Section):
             raise ValueError(f"offload: {self.offload!r} needs a stage of 1, 2 or 3")
         for key, is_given in (("offload: all", self.offload == "all"), (f"hpz: {self.hpz}", self.hpz > 1)):
             if is_given and self.stage != 3:
-                raise ValueError(f"{key}: needs stage 3, which shares the parameters; this is stage {self.stage}")
+                raise ValueError(
+                    f"{key}: needs stage 3, which shares the parameters; this is stage {'auto' if self.stage == AUTO else self.stage}"
+                )
         return self
 
 

@@ -106,6 +106,7 @@ def test_nothing_raw_asks_for_no_engine() -> None:
         ({"zero": {"stage": 0, "offload": "optimizer"}}, r"offload: 'optimizer' needs a stage of 1, 2 or 3"),
         ({"zero": {"stage": 2, "offload": "all"}}, r"offload: all: needs stage 3, which shares the parameters; this is stage 2"),
         ({"zero": {"stage": 1, "hpz": 2}}, r"hpz: 2: needs stage 3"),
+        ({"zero": {"stage": "auto", "hpz": 2}}, r"hpz: 2: needs stage 3, .* this is stage auto"),
         ({"optimizer": {"name": "adafacto"}}, r"pretrain\.optimizer\.name: 'adafacto'.*adafactor"),
         ({"average": {"decay": 1.0}}, r"pretrain\.average\.decay"),
         ({"model": {"name": "resnet", "depths": [1, 1, 1, 1]}, "image": {"pixels": 32}, "recompute": True},
