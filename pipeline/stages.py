@@ -39,7 +39,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.plan.calibration import find_measured
 from pipeline.plan.devices import find_device
 from pipeline.plan.fit import check_fits, has_auto, settle
-from pipeline.plan.plan import check_schedule
+from pipeline.plan.plan import check_groups, check_schedule
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import Collection, open_collection
@@ -79,6 +79,7 @@ def check_config(config: Config) -> None:
         choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
         check_raw(p.deepspeed)
         check_schedule(p)
+        check_groups(config)
         find_device(config.cluster, 1)
         if config.shard:
             choose("pretrain.split", p.split, config.shard.splits)

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from pipeline.checkpoint.fragments import WEIGHT, Fragment, lay_out
+from pipeline.checkpoint.fragments import OF_MODEL, Fragment, lay_out
 from pipeline.core.errors import StorageError
 
 _CHUNK = 4 << 20  # bytes that a thread copies at a time; a copy of more bypasses the processor's caches, and was slower
@@ -81,9 +81,9 @@ class HostMemory:
         list(self._threads.map(work, range(torch.get_num_threads())))
 
     def first_not_finite(self) -> str | None:
-        """The name of a parameter that holds an infinity or no number, if there is one."""
+        """The name of a parameter or buffer that holds an infinity or no number, or whose average does, if there is one."""
         for p, room in zip(self.pieces, self._rooms, strict=True):
-            if p.key == WEIGHT and not torch.isfinite(room.view(p.torch_dtype)).all():
+            if p.key in OF_MODEL and not torch.isfinite(room.view(p.torch_dtype)).all():
                 return p.name
         return None
 

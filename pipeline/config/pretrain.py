@@ -194,7 +194,9 @@ class Zero(Section):
         "none", description="keeps the optimiser's state, and its step, in the host's memory; all: the parameters as well (stage 3)"
     )
     hpz: Count = Field(
-        1, description="hierarchical partitioning of stage 3 (ZeRO++): so many neighbouring ranks, those of a node, hold all parameters too"
+        1,
+        description="hierarchical partitioning of stage 3 (ZeRO++): so many neighbouring ranks, those of a node, hold all parameters too; "
+        "divides every number of workers that cluster allows",
     )
 
     @model_validator(mode="after")
@@ -203,7 +205,9 @@ class Zero(Section):
             raise ValueError(f"offload: {self.offload!r} needs a stage of 1, 2 or 3")
         for key, is_given in (("offload: all", self.offload == "all"), (f"hpz: {self.hpz}", self.hpz > 1)):
             if is_given and self.stage != 3:
-                raise ValueError(f"{key}: needs stage 3, which shares the parameters; this is stage {self.stage}")
+                raise ValueError(
+                    f"{key}: needs stage 3, which shares the parameters; this is stage {'auto' if self.stage == AUTO else self.stage}"
+                )
         return self
 
 
@@ -286,9 +290,9 @@ class Guard(Section):
     spike: Positive | None = Field(
         10.0,
         description="so many standard deviations (of the median absolute deviation) above the median of recent steps the loss is too high; "
-        "null: it never is",
+        "so is the norm of the gradient by its logarithm, from ten times the usual one on at 10; null: they never are",
     )
-    lasts: Count = Field(3, description="steps in a row with too high a loss, after which the run goes back in the same way")
+    lasts: Count = Field(3, description="steps in a row with too high a loss, or norm, after which the run goes back in the same way")
     window: Annotated[int, Field(ge=10, le=10_000)] = Field(100, description="recent steps; nothing is too high before half of them")
     rewinds: Annotated[int, Field(ge=0)] = Field(
         2, description="how often it goes back without a checkpoint beyond the bad place, before the run ends as diverged"
@@ -301,10 +305,12 @@ class Guard(Section):
         units.Duration(90, "second"),
         description="a rank whose process does not run for so long has hung: after half of it all stacks are written, after it the run "
         "ends with exit code 33; one that runs and gets no further has four times as long in a step, and longer for input; null: nobody "
-        "watches",
+        "watches. Starting ends after ten minutes without all workers, and saving after pretrain.save.patience",
     )
     lag: Annotated[float, Field(gt=1)] | None = Field(
-        1.5, description="a rank that takes so many times as long by itself as the median of the others is named; null: none is"
+        1.5,
+        description="a rank that takes so many times as long by itself, without its time in collectives, as the median of the others is "
+        "named; null: none is",
     )
 
 

@@ -28,6 +28,10 @@ class Embedded:
     def detach(self) -> Embedded:
         return Embedded(tuple(f.detach() for f in self.features), tuple(s.detach() for s in self.scalars))
 
+    def sound(self) -> torch.Tensor:
+        """Whether all features of each sample are finite numbers, bool (b,): one that is not spoils the loss of all."""
+        return torch.stack([f.detach().flatten(1).isfinite().all(dim=1) for f in self.features]).all(dim=0)
+
 
 @dataclass(frozen=True)
 class Coupled:

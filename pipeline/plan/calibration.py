@@ -29,10 +29,10 @@ def calibration_file() -> Path:
 def find_measured(load: Workload, device: Device) -> Measured | None:
     """What was measured of this model at this micro-batch on such a device, for `load`'s share of the update."""
     found = _read().get(_key(load, device))
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or "first_pass_seconds" not in found:  # of a version that did not measure it
         return None
     share = 1 / load.workers if load.stage else 1.0
-    return Measured(found["micro_batch_seconds"], found["update_seconds"] * share, found["memory_ratio"])
+    return Measured(found["micro_batch_seconds"], found["update_seconds"] * share, found["memory_ratio"], found["first_pass_seconds"])
 
 
 def calibrate(config: Config, load: Workload, device: Device) -> Measured:
@@ -58,6 +58,7 @@ def calibrate(config: Config, load: Workload, device: Device) -> Measured:
     alone = replace(load, workers=1, pretrain=load.pretrain.model_copy(update={"batch": load.pretrain.micro_batch}))
     kept = {
         "micro_batch_seconds": trial["micro_batch_seconds"],
+        "first_pass_seconds": trial["first_pass_seconds"],
         "update_seconds": trial["update_seconds"],
         "memory_ratio": trial["peak_bytes"] / alone.memory.peak,
     }

@@ -22,12 +22,13 @@ _OVERLAPPED = 0.9  # of stage 3's gathers and scatters, at most; the first and t
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a micro-batch forward and back, and of an update, as `--calibrate` found them here; and the ratio of the memory's peak to
-    the plan's."""
+    """Seconds of a micro-batch forward and back, and of an update, as `--calibrate` found them here; the ratio of the memory's peak to the
+    plan's; and seconds of the pass without a graph that a joint loss of several micro-batches makes before (`Workload.has_first_pass`)."""
 
     micro_batch: float
     update: float
     memory: float = 1.0
+    first_pass: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,17 @@ class Pace:
 
 def work_factor(load: Workload) -> float:
     """Forward passes that a training step is worth, recomputation and a joint loss's first pass counted."""
-    return BACKWARD + (1 if load.recompute else 0) + (1 if load.is_joint and load.rounds > 1 else 0)
+    return BACKWARD + (1 if load.recompute else 0) + (1 if load.has_first_pass else 0)
 
 
 def pace_of(load: Workload, device: Device, traffic: Traffic, measured: Measured | None = None) -> Pace:
     p = load.pretrain
     peak = device.peak(p.precision)
     a_sample = load.forward_flops * work_factor(load)
-    compute = load.rounds * (measured.micro_batch if measured else p.micro_batch * a_sample / (peak * device.efficiency))
+    if measured:
+        compute = load.rounds * (measured.micro_batch + (measured.first_pass if load.has_first_pass else 0))
+    else:
+        compute = load.rounds * p.micro_batch * a_sample / (peak * device.efficiency)
     update = measured.update if measured else _update(load, device)
     wire = device.link if load.workers <= device.per_node else min(device.link, device.network)
     sending = traffic.total / wire

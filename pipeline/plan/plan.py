@@ -117,6 +117,24 @@ def check_schedule(p: Pretrain, samples_an_epoch: int | None = None) -> tuple[in
     return steps, warmup, cooldown
 
 
+def check_groups(config: Config) -> None:
+    """Raises ConfigError where hierarchical partitioning does not go with a number of workers that the run could have."""
+    p, cluster = config.pretrain, config.cluster
+    hpz = p.zero.hpz if p else 1
+    most = cluster.workers or cluster.gpus
+    least = max(cluster.min_workers or 1, cluster.min_gpus or 1) if cluster.min_workers or cluster.min_gpus is not None else most
+    if hpz == 1 or (least == most and most and most % hpz == 0):
+        return
+    if least != most:
+        has = f"{least} to {most} workers" if most else f"{least} workers or more"
+    else:
+        has = f"{most} workers" if most else "as many workers as there is room for"
+    raise ConfigError(
+        f"pretrain.zero.hpz: {hpz} must divide every number of workers that the run could have, and cluster allows {has} "
+        f"(allowed: 1, or a multiple of {hpz} as cluster.workers or cluster.gpus, and no fewer as min_workers or min_gpus)"
+    )
+
+
 def make_plan(
     config: Config,
     samples_an_epoch: int,

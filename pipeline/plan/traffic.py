@@ -53,5 +53,5 @@ def traffic_of(load: Workload) -> Traffic:
 def gathers(load: Workload) -> float:
     """How often a micro-batch gathers all parameters: for the forward pass, of a loss of all pairs twice where it embeds twice; and for
     the backward pass those that could not stay."""
-    forward = 2 if load.is_joint and load.rounds > 1 else 1
+    forward = 2 if load.has_first_pass else 1
     return forward + (1 if load.tensors.parameters > MAX_LIVE else 0)

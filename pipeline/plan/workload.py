@@ -89,6 +89,11 @@ class Workload:
         """Whether the loss is one of all pairs of the global batch."""
         return issubclass(OBJECTIVES[self.pretrain.objective.name], JointObjective)
 
+    @property
+    def has_first_pass(self) -> bool:
+        """Whether each micro-batch passes through the model once more before, for a joint loss of several of them."""
+        return self.is_joint and self.rounds > 1
+
     @cached_property
     def tensors(self) -> Tensors:
         return _tensors(self.pretrain.model.name, self.options)

@@ -13,17 +13,23 @@ from pipeline.stream.loader import Stream
 _NAMED = 256  # samples, at most, that the ledger names by key; positions name all
 
 
-def leave_out(stream: Stream, step: int, turns: Sequence[int], world: World) -> Skip:
+def leave_out(stream: Stream, step: int, turns: Sequence[int], world: World, samples: Sequence[tuple[int, int]] = ()) -> Skip:
     """The update of the global batch handed out last, of `step`, was left out; `turns` are those of this rank's micro-batches of it whose
-    own loss was no finite number."""
+    own loss was no finite number. `samples`: turn and place of those that gave no finite numbers themselves, where the loss is one of all
+    together; where any rank has some, they alone are to blame."""
     first, size = stream.consumed - stream.global_batch, stream.micro_batch
-    here = [first + stream.mine[turn] * size for turn in turns if turn < len(stream.mine)]
+    batches = [first + stream.mine[turn] * size for turn in turns if turn < len(stream.mine)]
+    single = [first + stream.mine[turn] * size + place for turn, place in samples if turn < len(stream.mine)]
+    found = world.gather((batches, single))
+    blamed, length = [start for _, rank in found for start in rank], 1
+    if not blamed:
+        blamed, length = [start for rank, _ in found for start in rank], size
     suspects: list[tuple[int, int]] = []
-    for start in sorted(start for rank in world.gather(here) for start in rank):
+    for start in sorted(blamed):
         if suspects and suspects[-1][1] == start:
-            suspects[-1] = (suspects[-1][0], start + size)
+            suspects[-1] = (suspects[-1][0], start + length)
         else:
-            suspects.append((start, start + size))
+            suspects.append((start, start + length))
     few = sum(last - start for start, last in suspects) <= _NAMED
     keys = [key for start, last in suspects for key in _keys(stream, start, last - start)] if few and world.is_main else []
     reason = f"its {'loss' if suspects else 'gradient'} is no finite number"

@@ -65,7 +65,7 @@ def _joint(engine: Engine, objective: JointObjective, batches: Iterator[MicroBat
     coupled = objective.couple(Embedded(features, first[0].detach().scalars), stream.shares, engine.world)
 
     start = 0
-    for batch in mine:
+    for turn, batch in enumerate(mine):
         embedded = first[0] if is_single else embed(batch)
         at = slice(start, start + len(batch.images)) if batch.weight else slice(0, 0)
         start = at.stop if batch.weight else start
@@ -73,7 +73,7 @@ def _joint(engine: Engine, objective: JointObjective, batches: Iterator[MicroBat
             through = coupled.through(embedded, at, 1 / len(real))
         else:  # the ranks' backward passes must match
             through = sum((tensor.sum() for tensor in (*embedded.features, *embedded.scalars)), torch.zeros(())) * 0.0
-        engine.backward(through * (stream.rounds * engine.world.size))
+        engine.backward(through * (stream.rounds * engine.world.size), first[turn].sound())
         engine.step()
     return {name: value * stream.pieces for name, value in {"loss": coupled.loss, **coupled.metrics}.items()}
 

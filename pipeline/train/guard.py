@@ -1,12 +1,12 @@
 """When training has gone wrong, and how far it must go back. Every rank decides the same, from numbers that all of them have.
 
 Two things are bad. An update that was left out, since loss or gradient was no finite number (`zero.py` leaves it out, on all ranks): the
-model is as it was, and the next batch may be better. And a loss far above that of recent steps, which the model's weights may have
-caught: one such step is often a batch of odd samples, several in a row are not. After some in a row of either kind training goes back to
-the last checkpoint and on with what follows the bad batch, since the same batches would do the same again; PaLM's did so some 20 times
-(arXiv 2204.02311, section 5.1). Where that does not help either, the run ends as diverged.
+model is as it was, and the next batch may be better. And a loss, or a norm of the gradient, far above that of recent steps, which the
+model's weights may have caught: one such step is often a batch of odd samples, several in a row are not. After some in a row of either
+kind training goes back to the last checkpoint and on with what follows the bad batch, since the same batches would do the same again;
+PaLM's did so some 20 times (arXiv 2204.02311, section 5.1). Where that does not help either, the run ends as diverged.
 
-The loss of a step is judged a step later: by then it has been computed, so that nobody waits for it.
+Loss and norm of a step are judged a step later: by then they have been computed, so that nobody waits for them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from pipeline.core.world import World
 _OVERFLOWS = 100  # updates in a row that fp16 may leave out while it looks for the scale of its loss
 _NORMAL = 1.4826  # the standard deviation of a normal distribution by its median absolute deviation
 _FLOOR = 0.02  # of where the loss began: the least deviation that counts, for on a plateau, or where all is learnt, there is hardly any
+# Norms are judged by their logarithms, since they vary by factors: the least deviation of these that counts. With `spike: 10` a norm is too
+# high from ten times the usual one on; where a model begins to learn, norms rise by less in a window.
+_FLOOR_OF_LOGARITHMS = math.log(10) / 10
 _ADVICE = "try a lower pretrain.optimizer.lr or a longer pretrain.schedule.warmup"
 _SAMPLES = "`python -m pipeline.stream --run RUN --skipped` names the samples"
 
@@ -37,11 +40,13 @@ class Trouble(Exception):
 
 class Spikes:
     """Tells a loss that is far above the losses before it: more than `factor` deviations above their median, over up to `window` steps and
-    at least half as many. A deviation is that of the median of absolute deviations, which a few outliers do not move, and at least a part
-    of the highest median so far, `top`. What is too high does not enter the window."""
+    at least half as many. A deviation is that of the median of absolute deviations, which a few outliers do not move, and at least `floor`:
+    by default a part of the highest median so far, `top`. What is too high does not enter the window."""
 
-    def __init__(self, factor: float | None, window: int, losses: Iterable[float] = (), top: float = 0.0) -> None:
-        self.factor, self.top = factor, top
+    def __init__(
+        self, factor: float | None, window: int, losses: Iterable[float] = (), top: float = 0.0, floor: float | None = None
+    ) -> None:
+        self.factor, self.top, self.floor = factor, top, floor
         self.losses = deque(losses, maxlen=window)
         self._least = window // 2
 
@@ -52,7 +57,7 @@ class Spikes:
         middle = median(self.losses)
         self.top = max(self.top, abs(middle))
         deviation = _NORMAL * median(abs(loss - middle) for loss in self.losses)
-        return middle + self.factor * max(deviation, _FLOOR * self.top)
+        return middle + self.factor * max(deviation, _FLOOR * self.top if self.floor is None else self.floor)
 
     def is_high(self, loss: float) -> bool:
         if loss > self.limit():
@@ -70,7 +75,7 @@ class Guard:
         self.tries = 0  # times gone back without a checkpoint beyond `place`
         self.place = 0  # the furthest step that went wrong
         self._base: int | None = None  # the step that it went back to last
-        self._held: _Held | None = None  # this rank's part of the loss of the last step, where it is not known yet
+        self._held: tuple[_Held, _Held] | None = None  # this rank's part of the loss of the last step, and its norm, where not known yet
         self._take({})
         if state:
             self._take(state)
@@ -78,41 +83,51 @@ class Guard:
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self.spikes = Spikes(self.config.spike, self.config.window, state.get("losses", ()), state.get("top", 0.0))
+        self.norms = Spikes(self.config.spike, self.config.window, state.get("norms", ()), floor=_FLOOR_OF_LOGARITHMS)
         self.known: float | None = state.get("known")  # the loss of the last step, where it is
+        self.known_norm: float = state.get("known_norm", math.nan)
         self._bad, self._high, self._overflows = state.get("bad", 0), state.get("high", 0), state.get("overflows", 0)
+        self._steep = state.get("steep", 0)
 
     def state(self) -> dict[str, Any]:
         """What a resume needs to decide as the unbroken run, as plain values; `settle` comes before."""
         return {
-            "losses": list(self.spikes.losses), "top": self.spikes.top, "known": self.known,
-            "bad": self._bad, "high": self._high, "overflows": self._overflows,
+            "losses": list(self.spikes.losses), "top": self.spikes.top, "norms": list(self.norms.losses),
+            "known": self.known, "known_norm": self.known_norm,
+            "bad": self._bad, "high": self._high, "steep": self._steep, "overflows": self._overflows,
             "left_out": self.left_out, "rewinds": self.rewinds, "tries": self.tries, "place": self.place,
         }  # fmt: skip
 
     # Each step
 
-    def swap(self, loss: torch.Tensor) -> float:
-        """Take this rank's part of a step's loss, a scalar; gives its part of the step before, no number where that is not to be had."""
-        before, self._held = self._held, _Held(loss)
-        return before.value() if before else math.nan
+    def swap(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+        """Take this rank's part of a step's loss, and the norm of its gradient, scalars; gives those of the step before, no numbers where
+        they are not to be had."""
+        before, self._held = self._held, (_Held(loss), _Held(norm))
+        return (before[0].value(), before[1].value()) if before else (math.nan, math.nan)
 
     def settle(self, world: World, pieces: int) -> None:
-        """Learn the loss of the last step now, since a state is to be saved. All ranks together."""
+        """Learn loss and norm of the last step now, since a state is to be saved. All ranks together."""
         if self._held is not None:
-            self.known, self._held = world.sum([self._held.value()])[0] / pieces, None
+            loss, norm = world.sum([held.value() for held in self._held])
+            self.known, self.known_norm, self._held = loss / pieces, norm / world.size, None
 
-    def judge(self, before: float, is_bad: bool, is_overflow: bool) -> None:
-        """`before`: the loss of the step before, of all ranks; no number where there was none. `is_bad`: the update of this one was left
-        out; `is_overflow`: so it was, yet for the scale of fp16's loss alone.
+    def judge(self, before: float, is_bad: bool, is_overflow: bool, norm: float = math.nan) -> None:
+        """`before`, `norm`: the loss of the step before, of all ranks, and that of its gradient; no numbers where there were none.
+        `is_bad`: the update of this one was left out; `is_overflow`: so it was, yet for the scale of fp16's loss alone.
 
         Raises:
             Trouble: it is time to go back.
         """
-        loss, self.known = before if self.known is None else self.known, None
+        if self.known is not None:
+            before, norm = self.known, self.known_norm
+        loss, self.known, self.known_norm = before, None, math.nan
         self._bad = self._bad + 1 if is_bad else 0
         self._overflows = self._overflows + 1 if is_overflow else 0
         if math.isfinite(loss):  # else its update was left out, and counted
             self._high = self._high + 1 if self.spikes.is_high(loss) else 0
+            if math.isfinite(norm) and norm > 0:
+                self._steep = self._steep + 1 if self.norms.is_high(math.log(norm)) else 0
         if self._bad >= self.config.skips:
             raise Trouble(f"loss or gradient has been no finite number for {_steps(self._bad)}, and no update was made")
         if self._overflows >= _OVERFLOWS:
@@ -120,11 +135,15 @@ class Guard:
         if self._high >= self.config.lasts:
             usual, limit = median(self.spikes.losses), self.spikes.limit()
             raise Trouble(f"the loss has been above {limit:.4g} for {_steps(self._high)}, now {loss:.4g}, where {usual:.4g} was usual")
+        if self._steep >= self.config.lasts:
+            usual, limit = math.exp(median(self.norms.losses)), math.exp(self.norms.limit())
+            lasts = f"for {_steps(self._steep)}, now {norm:.4g}, where {usual:.4g} was usual"
+            raise Trouble(f"the norm of the gradient has been above {limit:.4g} {lasts}")
 
     @property
     def is_sound(self) -> bool:
         """Whether the model may be saved: nothing bad is going on."""
-        return not (self._bad or self._high)
+        return not (self._bad or self._high or self._steep)
 
     # Going back
 

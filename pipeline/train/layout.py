@@ -66,11 +66,12 @@ class Layout:
         return values
 
     def means(self, values: torch.Tensor) -> torch.Tensor:
-        """Of the numbers of each whole parameter, (wholes,), where `values` lie as the tensor does. All ranks together."""
+        """This rank's share of the mean of each whole parameter's numbers, (wholes,), where `values` lie as the tensor does; all ranks'
+        sum is the mean."""
         sums = torch.zeros(len(self.wholes), device=values.device, dtype=values.dtype)
         for part in self.slices:
             sums[part.index] = part.of(values).sum() / self.wholes[part.index].numel
-        return self.sum(sums)
+        return sums
 
 
 def alone(parameter: torch.Tensor) -> Layout:

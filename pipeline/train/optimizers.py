@@ -2,15 +2,19 @@
 
 Under ZeRO they are given tensors that hold this rank's parts of many parameters. `bind` tells them where which lies; unbound, each tensor
 is one whole parameter, as in a plain PyTorch loop. Either way the update is the same.
+
+Where each rank has all of every parameter (stage 0) it could work out their means alone; yet another number of threads rounds a sum
+differently, and the ranks' weights would drift apart. There rank 0's sums are everyone's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipeline.train.layout import Layout, alone, rectangles
 
@@ -34,10 +38,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self._layouts: dict[int, Layout] = {}
+        self._is_replicated = False
 
-    def bind(self, layouts: Mapping[torch.Tensor, Layout]) -> None:
-        """Learn where parameters lie in the tensors to come."""
+    def bind(self, layouts: Mapping[torch.Tensor, Layout], is_replicated: bool = False) -> None:
+        """Learn where parameters lie in the tensors to come. `is_replicated`: there are several ranks, and each has all of them."""
         self._layouts = {id(flat): layout for flat, layout in layouts.items()}
+        self._is_replicated = is_replicated
 
     def layout(self, flat: torch.Tensor) -> Layout:
         found = self._layouts.get(id(flat))
@@ -50,13 +56,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "the gradients are there already"
-        for group in self.param_groups:
-            for flat in group["params"]:
-                if flat.grad is not None:
-                    self.update(flat, flat.grad, group)
+        stepped = [(flat, group) for group in self.param_groups for flat in group["params"] if flat.grad is not None]
+        if self._is_replicated:
+            _in_step([self.update(flat, flat.grad, group) for flat, group in stepped])
+            return
+        for flat, group in stepped:
+            for sums in self.update(flat, flat.grad, group):
+                self.layout(flat).sum(sums)
 
-    def update(self, flat: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(self, flat: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> Updating:
+        """Change `flat`. What it yields are sums over this rank's part; when it goes on they are those of all ranks. `gradient` is of no
+        use to anybody afterwards."""
         raise NotImplementedError
+
+
+Updating = Generator[torch.Tensor, None, None]
+
+
+def _in_step(updates: list[Updating]) -> None:
+    """Go through them side by side, with rank 0's sums of all of them in one collective each time."""
+    while updates:
+        waiting = [(update, sums) for update in updates if (sums := next(update, None)) is not None]
+        if waiting:
+            agreed = torch.cat([sums for _, sums in waiting])
+            dist.broadcast(agreed, src=0)
+            for (_, sums), part in zip(waiting, agreed.split([len(sums) for _, sums in waiting]), strict=True):
+                sums.copy_(part)
+        updates = [update for update, _ in waiting]
 
 
 class StableAdamW(ShardedOptimizer):
@@ -73,7 +99,7 @@ class StableAdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def update(self, flat: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(self, flat: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> Updating:
         state, layout, eps = self.state[flat], self.layout(flat), group["eps"]
         if not state:
             state["step"] = torch.zeros(())
@@ -84,9 +110,10 @@ class StableAdamW(ShardedOptimizer):
         first, second = ((1 - beta ** (t - 1)) / (1 - beta**t) * beta for beta in (beta1, beta2))
         state["exp_avg"].lerp_(gradient, 1 - first)
         state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        ratios = gradient.square().div_(state["exp_avg_sq"].clamp(min=eps**2))
-        rates = group["lr"] / layout.means(ratios).sqrt_().clamp_(min=1)
-        update = torch.div(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(eps), out=ratios)
+        yield (means := layout.means(gradient.square().div_(state["exp_avg_sq"].clamp(min=eps**2))))
+        rates = group["lr"] / means.sqrt_().clamp_(min=1)
+        update = state["exp_avg_sq"].sqrt().add_(eps)
+        torch.div(state["exp_avg"], update, out=update)
         for part in layout.slices:
             rate, weights = rates[part.index], part.of(flat)
             weights.mul_(1 - rate * group["weight_decay"]).addcmul_(part.of(update), rate, value=-1)
@@ -132,7 +159,7 @@ class Adafactor(ShardedOptimizer):
                 extras.append(Extra("exp_avg_sq", self.layout(flat).wholes[part.index].name, part.start, each))
         return extras
 
-    def update(self, flat: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(self, flat: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> Updating:
         state, layout, moments = self.state[flat], self.layout(flat), self.moments(flat)
         if not state:
             state["step"] = torch.zeros(())
@@ -141,18 +168,11 @@ class Adafactor(ShardedOptimizer):
         state["step"] += 1
         momentum, cap = group["betas"]
         decay = min(cap, 1 - float(state["step"]) ** -0.8)
-        update = gradient.square().add_(_LEAST)
-        self._average(update, layout, moments, decay)
-        # From squares to g / sqrt(their estimate), in place.
-        for part in layout.slices:
-            moment, mine = moments[part.index], part.of(update)
-            if moment.each is not None:
-                mine.copy_(moment.each)
-            else:
-                moment.estimate(part, layout.wholes[part.index].columns, update)
-            # The product of a row's and a column's mean may be too small for fp32.
-            torch.div(part.of(gradient), mine.clamp_(min=_LEAST).sqrt_(), out=mine)
-        clips = layout.means(update.square()).sqrt_().clamp_(min=1)
+        yield (sums := self._sums(gradient.square().add_(_LEAST), layout, moments, decay))
+        self._average(sums, moments, decay)
+        self._divide(update := gradient, layout, moments)  # in place: nothing is held while other parameters get as far
+        yield (means := layout.means(update.square()))
+        clips = means.sqrt_().clamp_(min=1)
         for part in layout.slices:
             part.of(update).div_(clips[part.index])
         if momentum:
@@ -162,29 +182,42 @@ class Adafactor(ShardedOptimizer):
         flat.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
     @staticmethod
-    def _average(squares: torch.Tensor, layout: Layout, moments: list[_Moment], decay: float) -> None:
-        """Take the squares of this step into all moments, with one collective."""
-        factored = [m for m in moments if m.each is None]
-        sums = torch.zeros(sum(m.size for m in factored), device=squares.device)
-        at, places = 0, {}
-        for moment in factored:
-            places[id(moment)] = (sums[at : at + moment.height], sums[at + moment.height : at + moment.size])
-            at += moment.size
+    def _sums(squares: torch.Tensor, layout: Layout, moments: list[_Moment], decay: float) -> torch.Tensor:
+        """Of the rows and columns of all factored moments; the others have taken the squares of this step in."""
+        sums = torch.zeros(sum(m.size for m in moments), device=squares.device)
+        places = dict(zip(map(id, moments), sums.split([m.size for m in moments]), strict=True))
         for part in layout.slices:
             moment = moments[part.index]
             if moment.each is not None:
                 moment.each.lerp_(part.of(squares), 1 - decay)
                 continue
-            by_row, by_column = places[id(moment)]
+            by_row, by_column = places[id(moment)].split([moment.height, moment.width])
             for row, column, view in rectangles(part, moment.width, squares):
                 by_row[row : row + view.shape[0]] += view.sum(dim=1)
                 by_column[column : column + view.shape[1]] += view.sum(dim=0)
-        layout.sum(sums)
-        for moment in factored:
-            by_row, by_column = places[id(moment)]
-            assert moment.rows is not None and moment.columns is not None, "factored"
-            moment.rows.lerp_(by_row / moment.width, 1 - decay)
-            moment.columns.lerp_(by_column / moment.height, 1 - decay)
+        return sums
+
+    @staticmethod
+    def _average(sums: torch.Tensor, moments: list[_Moment], decay: float) -> None:
+        """Take them into the factored moments."""
+        for moment, own in zip(moments, sums.split([m.size for m in moments]), strict=True):
+            if moment.rows is not None and moment.columns is not None:
+                by_row, by_column = own.split([moment.height, moment.width])
+                moment.rows.lerp_(by_row / moment.width, 1 - decay)
+                moment.columns.lerp_(by_column / moment.height, 1 - decay)
+
+    @staticmethod
+    def _divide(gradient: torch.Tensor, layout: Layout, moments: list[_Moment]) -> None:
+        """By the root of the second moment."""
+        estimate = torch.empty_like(gradient)
+        for part in layout.slices:
+            moment, mine = moments[part.index], part.of(estimate)
+            if moment.each is not None:
+                mine.copy_(moment.each)
+            else:
+                moment.estimate(part, layout.wholes[part.index].columns, estimate)
+            # The product of a row's and a column's mean may be too small for fp32.
+            part.of(gradient).div_(mine.clamp_(min=_LEAST).sqrt_())
 
 
 @dataclass(frozen=True)
@@ -209,7 +242,8 @@ class _Moment:
 
     @property
     def size(self) -> int:
-        return self.height + self.width
+        """Rows and columns that are summed up; none where nothing is factored."""
+        return 0 if self.each is not None else self.height + self.width
 
     def estimate(self, part: Any, columns: int, out: torch.Tensor) -> None:
         """Write rows x columns / their mean (algorithm 4, line 6) to where `part` lies in `out`."""

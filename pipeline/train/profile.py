@@ -30,24 +30,24 @@ class Profiler:
         self._run, self._world = run, world
         is_mine = config is not None and (world.is_main or config.ranks == "all")
         self._begin = first + config.after if config and is_mine else None
-        self._steps = config.steps if config else 0
+        self._left = config.steps if config else 0  # steps to trace: counted, for training may go back meanwhile
         self._profile: profile | None = None
 
     def after_step(self, step: int) -> None:
         """`step` steps are done."""
         if self._begin is None:
             return
-        if self._profile is not None and step == self._begin + self._steps:
-            self._profile.stop()
-            self._keep(self._profile)
-            self._profile = self._begin = None
+        if self._profile is not None:
+            self._left -= 1
+            if not self._left:
+                self.close()
         elif self._profile is None and step == self._begin:
             gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=True)
             self._profile.start()
 
     def close(self) -> None:
-        """Training ends; what is traced then is kept as it is."""
+        """What is traced until now is kept as it is."""
         if self._profile is not None:
             self._profile.stop()
             self._keep(self._profile)

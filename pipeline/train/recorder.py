@@ -72,7 +72,7 @@ class Recorder:
     def record(self, row: Row) -> None:
         self.history.append(encode(row))
         self.metrics |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
-        ratio = self.lag.look() if "train/loss" in row else None
+        ratio = self.lag.look(self.clock.own) if "train/loss" in row else None
         if not self.world.is_main:
             return
         if self.tracker:
@@ -91,10 +91,11 @@ class Recorder:
         if self.check_every and step % self.check_every == 0:
             compare(self.engine.copies(), self.world)
         is_bad = self.engine.is_left_out and self._leave_out(step)
-        part = self.guard.swap(loss)
+        parts = self.guard.swap(loss, self.engine.norm)
         try:
-            *seen, total = self.world.sum([*self.keeper.look(), part])
-            self.guard.judge(total / self.stream.pieces, is_bad, self.engine.is_left_out and not is_bad)
+            *seen, total, norm = self.world.sum([*self.keeper.look(), *parts])
+            is_overflow = self.engine.is_left_out and not is_bad
+            self.guard.judge(total / self.stream.pieces, is_bad, is_overflow, norm / self.world.size)
             self.keeper.act(step, seen, self.guard.is_sound)
         except Trouble as e:
             return self._go_back(step, str(e))
@@ -107,7 +108,7 @@ class Recorder:
         turns = self.engine.turns_not_finite()
         if self.is_fp16 and not self.world.sum([len(turns)])[0]:
             return False
-        skip = leave_out(self.stream, step, turns, self.world)
+        skip = leave_out(self.stream, step, turns, self.world, self.engine.samples_not_finite())
         self.guard.left_out += 1
         self._tell_guard(step)
         if self.world.is_main:

@@ -28,9 +28,10 @@ _OURS = {
     "zero_optimization.zero_hpz_partition_size": "pretrain.zero.hpz",
 }
 # What DeepSpeed reads at the top beside that, and a training of ours can have.
+SECTIONS = ("zero_optimization", "bf16", "fp16", "comms_logger", "flops_profiler")
 _RAW = frozenset({
-    "zero_optimization", "bf16", "fp16", "communication_data_type", "disable_allgather", "disable_python_gc", "dump_state", "comms_logger",
-    "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "zero_force_ds_cpu_optimizer",
+    *SECTIONS, "communication_data_type", "disable_allgather", "disable_python_gc", "dump_state", "wall_clock_breakdown",
+    "memory_breakdown", "steps_per_print", "zero_force_ds_cpu_optimizer",
 })  # fmt: skip
 
 
@@ -62,8 +63,11 @@ def settings(config: Pretrain, rounds: int, world_size: int, parameters: int = R
 
 
 def check_raw(raw: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a raw key that is ours to say, or that DeepSpeed does not have at the top."""
+    """Raises ConfigError for a raw key that is ours to say, or that DeepSpeed does not have at the top; or is a section there and not
+    here."""
     for key, value in raw.items():
+        if key in SECTIONS and not isinstance(value, Mapping):
+            raise ConfigError(f"{WHERE}.{key}: {value!r} is no section of keys and values, which it must be")
         for name in (key, *(f"{key}.{inner}" for inner in value)) if isinstance(value, Mapping) else (key,):
             if name in _OURS:
                 raise ConfigError(f"{WHERE}.{name}: is said by {_OURS[name]}")

@@ -39,6 +39,7 @@ class Clock:
         self.sent: dict[str, int] = {}  # bytes by kind of collective since it was last read
         self.waited = 0.0
         self.seconds: dict[str, float] = {}  # by kind since it was last read
+        self.own: list[float] = []  # seconds a step of each rank by itself, not waiting for others, when it was last read
         self._steps = self._samples = 0
         self.start()
 
@@ -103,8 +104,9 @@ class Clock:
             "time/step": whole,
             **{f"time/{kind}": seconds for kind, seconds in mean.items()},
         }
+        self.own = [sum(seconds for kind, seconds in zip(KINDS, rank, strict=True) if kind in _OWN) for rank in ranks]
         if world.size > 1:
-            slowest = max(range(world.size), key=lambda r: sum(dict(zip(KINDS, ranks[r], strict=True))[kind] for kind in _OWN))
+            slowest = max(range(world.size), key=self.own.__getitem__)
             row |= {"slowest/rank": slowest, **{f"slowest/{kind}": ranks[slowest][k] for k, kind in enumerate(KINDS)}}
         row |= {f"communication/{name}_bytes": sent[name] / steps for name in sorted(sent)}
         row["communication/bytes"] = sum(sent.values()) / steps

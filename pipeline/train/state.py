@@ -49,7 +49,7 @@ class State:
         self.parts = list({0: self._parts_0, 1: self._parts_12, 2: self._parts_12, 3: self._parts_3}[stage]())
         self._make_optimizer_state()
         if isinstance(self.base, ShardedOptimizer):
-            self.base.bind(self.layouts())
+            self.base.bind(self.layouts(), is_replicated=self.stage == 0 and self.world.size > 1)
         self.averages: dict[torch.Tensor, torch.Tensor] = {}  # of each flat tensor, where one is kept
         self._shares: list[Fragment] = []
         self._where: list[int] = []  # the memory of each tensor that `_shares` are views of

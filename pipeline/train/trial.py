@@ -24,6 +24,7 @@ from pipeline.config.pretrain import Pretrain
 from pipeline.core.world import World
 from pipeline.models import Model, build
 from pipeline.objectives import Facts, Objective, build_objective
+from pipeline.objectives.joint import JointObjective
 from pipeline.stream.batches import MicroBatch
 from pipeline.stream.palette import Palette
 from pipeline.train.inputs import Prepared, open_inputs, options_of, planned_facts
@@ -37,9 +38,11 @@ _LOOPBACK = Path("/proc/net/dev")
 @dataclass(frozen=True)
 class Trial:
     """Of one rank. Bytes are above those that the imports take; `peaks` are the most in each part of the work, seconds medians of all
-    steps but the first. `sent`: bytes that the loopback carried in a step, of all ranks together."""
+    steps but the first. `first_pass_seconds`: of a micro-batch's pass without a graph, where a joint loss has one. `sent`: bytes that the
+    loopback carried in a step, of all ranks together."""
 
     micro_batch_seconds: float
+    first_pass_seconds: float
     update_seconds: float
     peak_bytes: int
     peaks: dict[str, int]
@@ -119,9 +122,11 @@ def try_steps(config: Config, classes: int, world: World, rounds: int = 1, steps
         sent.append(_sent() - before)
         backs.append(micro)
         updates.append(update)
+    passes = [_first_pass(engine, objective, batch) for _ in range(steps)]
     later = slice(1 if steps > 1 else 0, None)
     return Trial(
         micro_batch_seconds=_median(backs[later]),
+        first_pass_seconds=_median(passes[later]),
         update_seconds=_median(updates[later]),
         peak_bytes=max(memory.peaks.values()),
         peaks=memory.peaks,
@@ -130,6 +135,18 @@ def try_steps(config: Config, classes: int, world: World, rounds: int = 1, steps
         parameters=parameters,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     )
+
+
+def _first_pass(engine: Engine, objective: Objective, batch: MicroBatch) -> float:
+    """Seconds of the pass that a joint loss makes before each micro-batch's own where there are several (`accumulate.py`)."""
+    if not isinstance(objective, JointObjective):
+        return 0.0
+    began = time.perf_counter()
+    with torch.no_grad():
+        objective.embed(engine.module, batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _step(engine: Engine, objective: Objective, module: nn.Module, batch: MicroBatch, rounds: int, memory: Memory) -> tuple[float, float]:

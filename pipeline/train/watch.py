@@ -26,8 +26,6 @@ from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import torch
-
 from pipeline.core.errors import ExitCode
 from pipeline.core.progress import say
 from pipeline.core.world import World
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from pipeline.checkpoint import Run
     from pipeline.stream.batches import MicroBatch
 
-__all__ = ["INPUT", "SAVING", "STEP", "VALIDATING", "Lag", "Watch", "beat", "pace", "watched"]
+__all__ = ["INPUT", "SAVING", "STEP", "VALIDATING", "Lag", "Watch", "beat", "watched"]
 
 _LOOK_EVERY = 0.5  # seconds
 _LAST_WORDS = 1.0  # seconds that a message may take to whoever shows it
@@ -56,14 +54,12 @@ def beat(phase: int, step: int | None = None) -> None:
 
 
 def watched(batches: Generator[MicroBatch, None, None]) -> Generator[MicroBatch, None, None]:
-    """The same, with signs of life, and the time measured that this rank takes by itself."""
+    """The same, with signs of life."""
     try:
         while True:
             beat(INPUT)
-            pace.wait()
             batch = next(batches)
             beat(STEP)
-            pace.begin()
             yield batch
     finally:
         batches.close()
@@ -146,56 +142,6 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-class Pace:
-    """Seconds that this rank takes by itself, not waiting for others: for its input, and from there to the end of the forward pass. On a
-    GPU the latter is measured by what the GPU does, and read later, so that nobody waits for it."""
-
-    def __init__(self) -> None:
-        self.is_on = False  # whether somebody reads it
-        self._waited = self._computed = 0.0
-        self._from: float | None = None
-        self._begun: float | None = None
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._event: torch.cuda.Event | None = None
-
-    def wait(self) -> None:
-        self._from = time.perf_counter()
-
-    def begin(self) -> None:
-        if not self.is_on:
-            return
-        now = time.perf_counter()
-        if self._from is not None:
-            self._waited += now - self._from
-        self._begun = now
-        if torch.cuda.is_available():
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
-
-    def end(self) -> None:
-        """The gradient of what was begun is about to be computed."""
-        if self._event is not None:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            self._events.append((self._event, end))
-            self._event = None
-        elif self._begun is not None:
-            self._computed += time.perf_counter() - self._begun
-        self._begun = None
-
-    def read(self) -> float:
-        """Since it was last read; the GPU has done all of it by then."""
-        for first, last in self._events:
-            last.synchronize()
-            self._computed += first.elapsed_time(last) / 1e3
-        seconds = self._waited + self._computed
-        self._waited, self._computed, self._events = 0.0, 0.0, []
-        return seconds
-
-
-pace = Pace()
-
-
 class Lag:
     """Tells a rank that is slower than the others for some time, at least `lasts` seconds, for then all wait for it at each step."""
 
@@ -203,17 +149,13 @@ class Lag:
 
     def __init__(self, factor: float | None, world: World, lasts: float = 60.0) -> None:
         self.factor, self.world, self.lasts = factor, world, lasts
-        pace.is_on = factor is not None and world.size > 1
         self._rank = -1  # the slowest one, if it is too slow
         self._looks, self._since, self._is_told = 0, 0.0, False
 
-    def look(self) -> float | None:
-        """All ranks together: how many times as long as the median of the others the slowest takes by itself; None where nobody looks."""
-        if self.factor is None or self.world.size == 1:
-            return None
-        own = [0.0] * self.world.size
-        own[self.world.rank] = pace.read()
-        return self.judge(self.world.sum(own))
+    def look(self, seconds: list[float]) -> float | None:
+        """How many times as long as the median of the others the slowest takes by itself, by `seconds` of each rank (`Clock.own`, on all
+        ranks); None where nobody looks."""
+        return None if self.factor is None or self.world.size == 1 else self.judge(seconds)
 
     def judge(self, seconds: list[float]) -> float:
         """`seconds` by rank."""
@@ -229,7 +171,7 @@ class Lag:
         if is_lasting and not self._is_told and self.world.is_main:
             self._is_told = True
             say(
-                f"warning: pretrain: rank {slowest} lags: for its input and the forward pass it takes {ratio:.1f} times as long as the "
+                f"warning: pretrain: rank {slowest} lags: for input and computing it takes {ratio:.1f} times as long as the "
                 "others, which wait for it (a slower device, other work on its machine, or slow input)"
             )
         return ratio

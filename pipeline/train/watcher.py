@@ -17,13 +17,15 @@ import math
 import mmap
 import os
 import signal
+import socket
 import struct
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any
 
 from pipeline.train.stacks import kernel_stacks, process_state, python_stacks
@@ -120,7 +122,7 @@ class Hub:
         self._reports: dict[int, Report] = {}
         self._verdict = Verdict()
         self._lock = threading.Lock()
-        self._listener = Listener(("", address[1]), backlog=min(size, 4096), authkey=key)
+        self._listener = _listen(address[1], min(size, 4096), key)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -163,6 +165,25 @@ class Hub:
                     self._verdict = Verdict(ranks, text, speaker, is_end)
                 return
         self._verdict = Verdict()
+
+
+def _listen(port: int, backlog: int, key: bytes) -> Listener:
+    """On all addresses of this machine, those of IPv6 among them where it has any."""
+    try:
+        return Listener(("::", port), family="AF_INET6", backlog=backlog, authkey=key)
+    except OSError:
+        return Listener(("", port), backlog=backlog, authkey=key)
+
+
+def connect(address: tuple[str, int], key: bytes) -> Connection:
+    """To the hub, as multiprocessing's `Client`, which knows no IPv6. Raises OSError, EOFError."""
+    line = Connection(socket.create_connection(address).detach())
+    try:
+        answer_challenge(line, key)
+        deliver_challenge(line, key)
+    except AuthenticationError as e:
+        raise OSError(f"{address[0]}:{address[1]} is not our hub ({e})") from e
+    return line
 
 
 class Watcher:
@@ -251,7 +272,7 @@ def main() -> None:
             if hub is not None:
                 verdict = hub.take(report)
             else:
-                line = line or Client(address, authkey=key)
+                line = line or connect(address, key)
                 line.send_bytes(json.dumps(asdict(report)).encode())
                 verdict = Verdict(**json.loads(line.recv_bytes()))
         except (OSError, EOFError):  # rank 0 has not begun, or its machine is gone, which the others' own collectives find out

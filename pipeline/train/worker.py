@@ -213,15 +213,19 @@ def keep_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _settled(config: Config, world: World) -> Config:
-    """With numbers where it says `auto`; the same on every rank."""
+def settled(config: Config, world: World) -> Config:
+    """With numbers where it says `auto`: as rank 0 chooses them for its device, on every rank."""
     p = config.pretrain
     if p is None or not has_auto(p):
         return config
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.device)  # whose memory is looked at
-    data = open_collection(config.data or [], p.split, config.storage.endpoint, block=p.loader.block, cache=p.loader.cache)
-    return settle(config, planned_facts(p, len(data.classes)), world.size, kept_micro_batch(config))
+    check_precision(p.precision)
+    join_group(world)
+
+    def choose() -> Config:
+        data = open_collection(config.data or [], p.split, config.storage.endpoint, block=p.loader.block, cache=p.loader.cache)
+        return settle(config, planned_facts(p, len(data.classes)), world.size, kept_micro_batch(config))
+
+    return on_main(world, choose)
 
 
 @click.command()
@@ -235,7 +239,7 @@ def main(config: str, overrides: tuple[str, ...]) -> None:
     signals = Signals()
     try:
         # Every rank claims the run: whoever is first makes it, the others find the same.
-        run = claim_run(_settled(load_config(config, list(overrides)), world))
+        run = claim_run(settled(load_config(config, list(overrides)), world))
         if world.is_main:
             parent, tracker = run.tracker(), stage_tracker(run)
         with signals.listening():

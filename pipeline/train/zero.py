@@ -10,26 +10,29 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from importlib.abc import MetaPathFinder
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 
 from pipeline.checkpoint.fragments import Fragment
 from pipeline.config.pretrain import Pretrain
-from pipeline.core.errors import ConfigError, choose
+from pipeline.core.errors import ConfigError, InfrastructureError, choose
 from pipeline.core.world import World
 from pipeline.models import Model
 from pipeline.models.blockwise import compile_blocks, recompute_blocks
 from pipeline.plan.workload import stage_of
-from pipeline.train.settings import WHERE, settings
+from pipeline.train.settings import SECTIONS, WHERE, settings
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
-from pipeline.train.watch import STEP, beat, pace
+from pipeline.train.watch import STEP, beat
 
+_JOINED = timedelta(minutes=10)  # that ranks may start after each other; torch would wait for half an hour
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
 OWN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's: each rank has those of its own micro-batches
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,8 +74,12 @@ def _hidden(name: str) -> Iterator[None]:
         sys.meta_path = [each for each in sys.meta_path if each is not finder]
 
 
-def join_group(world: World) -> None:
-    """Join the process group of all ranks: the one that Ray Train made, or one of our own under torchrun or alone."""
+def join_group(world: World, within: timedelta = _JOINED) -> None:
+    """Join the process group of all ranks: the one that Ray Train made, or one of our own under torchrun or alone.
+
+    Raises:
+        InfrastructureError: not all ranks have come `within` this time.
+    """
     deepspeed = _import_deepspeed()
     # DeepSpeed calls collectives by names that torch 2.13 has begun to replace.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -83,7 +90,17 @@ def join_group(world: World) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    had_group = dist.is_initialized()
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False, timeout=within)
+    except RuntimeError as e:  # of the store, of gloo or of NCCL
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InfrastructureError(
+            f"pretrain: rank {world.rank} of {world.size} could not join the others at {where} within {within.total_seconds():.0f} s "
+            f"({str(e).splitlines()[0]}); the same command may succeed once all of them start"
+        ) from e
+    if not had_group:  # from now on ranks may wait for each other longer, as for a store that is away
+        dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
 
 
 def check_precision(precision: str) -> None:
@@ -105,19 +122,28 @@ def check_deepspeed(config: Pretrain) -> None:
     if not config.deepspeed:
         return
     _import_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    kinds = (DeepSpeedZeroConfig, DeepSpeedBF16Config, DeepSpeedFP16Config, CommsLoggerConfig)
     merged = settings(config, 1, 1)
-    for key, kind in {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}.items():
+    for key, kind in zip(SECTIONS, kinds, strict=False):
         try:
-            kind(**merged[key])
+            kind(**merged.get(key, {}))
         except ValidationError as e:
             first = e.errors()[0]
             name = ".".join(str(part) for part in (key, *first["loc"]))
             if first["type"] != "extra_forbidden":
                 raise ConfigError(f"{WHERE}.{name}: {first['input']!r} is not taken by DeepSpeed ({first['msg']})") from None
-            choose(f"{WHERE}.{key}", str(first["loc"][0]), [field.alias or each for each, field in kind.model_fields.items()])
+            for part in first["loc"][:-1]:  # of a section in the section
+                inner = next(field.annotation for each, field in kind.model_fields.items() if part == (field.alias or each))
+                kind = next(each for each in (inner, *get_args(inner)) if hasattr(each, "model_fields"))
+            where = f"{WHERE}.{name.rpartition('.')[0]}"
+            choose(where, str(first["loc"][-1]), [field.alias or each for each, field in kind.model_fields.items()])
+    for name in merged.get("flops_profiler", {}):  # of which DeepSpeed passes over what it does not know
+        choose(f"{WHERE}.flops_profiler", name, vars(DeepSpeedFlopsProfilerConfig({})))
 
 
 class Engine:
@@ -131,6 +157,8 @@ class Engine:
         self.is_left_out = False  # whether the last update was, on all ranks, for a gradient that is not finite
         self._flags: list[torch.Tensor] = []  # whether the loss was finite, of each backward since the last update
         self._last_flags: list[torch.Tensor] = []  # of the last update
+        self._sound: dict[int, torch.Tensor] = {}  # which samples were, by number of the backward, where that is known
+        self._last_sound: dict[int, torch.Tensor] = {}
         self._scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
         for name in self._scalars:  # DeepSpeed cannot broadcast what has no dimension
             scalar = model.get_parameter(name)
@@ -189,10 +217,12 @@ class Engine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks."""
-        pace.end()
+    def backward(self, loss: torch.Tensor, sound: torch.Tensor | None = None) -> None:
+        """Accumulate the gradient of `loss`, which DeepSpeed divides by rounds and averages over the ranks. `sound` (b,): which of the
+        samples gave finite numbers, where the loss is one of all together and tells nothing of each."""
         beat(STEP)
+        if sound is not None:
+            self._sound[len(self._flags)] = sound
         finite = loss.detach().isfinite()
         self._flags.append(finite)
         # A loss that is no finite number need not have such a gradient. Now it has: by their sum all ranks know of it, and take no update.
@@ -216,6 +246,7 @@ class Engine:
         if is_update:
             self.is_left_out = not is_finite or self.engine.skipped_steps > before
             self._last_flags, self._flags = self._flags, []
+            self._last_sound, self._sound = self._sound, {}
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
             for buffer, kept in self._statistics:
@@ -234,6 +265,10 @@ class Engine:
         """Those backwards of the last update, from 0, whose loss on this rank was no finite number."""
         return [turn for turn, flag in enumerate(self._last_flags) if not flag]
 
+    def samples_not_finite(self) -> list[tuple[int, int]]:
+        """Of the last update, those samples of this rank that are known to have given no finite numbers: backward and place in it."""
+        return [(turn, place) for turn, sound in self._last_sound.items() for place, is_sound in enumerate(sound.tolist()) if not is_sound]
+
     def _clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
         """In all the forms that ZeRO keeps: the parameter or this rank's part of it, and the fp32 values behind that."""
         with torch.no_grad():
@@ -246,10 +281,15 @@ class Engine:
             elif getattr(parameter, "_hp_mapping", None) is not None:  # this rank keeps it
                 parameter._hp_mapping.get_hp_fragment().clamp_(low, high)  # type: ignore[attr-defined]
 
-    def gradient_norm(self) -> float:
-        """Of the last update, over all parameters and ranks, before clipping."""
+    @property
+    def norm(self) -> torch.Tensor:
+        """Of the gradient of the last update, over all parameters and ranks, before clipping: a scalar, which may still be computed; no
+        number where the update was left out."""
         norm = self._norm if self.is_plain else self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return torch.as_tensor(torch.nan if norm is None or self.is_left_out else norm)
+
+    def gradient_norm(self) -> float:
+        return float(self.norm)
 
     def fragments(self) -> list[Fragment]:
         """This rank's part of parameters and optimiser, as views; the same names and places each time."""

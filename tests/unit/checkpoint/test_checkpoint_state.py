@@ -241,10 +241,12 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 class Background:
     """A saver alone, and what it saves."""
 
-    def __init__(self, store: Storage, count: int = 1000, patience: float = 20.0, retention: Retention = KEEP_ALL) -> None:
+    def __init__(
+        self, store: Storage, count: int = 1000, patience: float = 20.0, retention: Retention = KEEP_ALL, key: str = "weight"
+    ) -> None:
         self.checkpoints = Checkpoints(store)
         self.lease = self.checkpoints.acquire()
-        self.fragments = [Fragment("weight", "a", 0, numbers(count))]
+        self.fragments = [Fragment(key, "a", 0, numbers(count))]
         self.saver = Saver(self.checkpoints, self.lease, self.fragments, retention, patience, World())
 
     def begin(self, step: int) -> None:
@@ -302,8 +304,9 @@ def test_whatever_goes_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(outcome.error, InfrastructureError) and "checkpoint at step 5 failed (FileNotFoundError" in str(outcome.error)
 
 
-def test_a_diverged_model_is_not_saved(tmp_path: Path) -> None:
-    b = Background(Storage(str(tmp_path)))
+@pytest.mark.parametrize("key", ["weight", "buffer", "average"])
+def test_a_diverged_model_is_not_saved(tmp_path: Path, key: str) -> None:
+    b = Background(Storage(str(tmp_path)), key=key)
     b.fragments[0].tensor[500] = float("nan")
     b.begin(5)
     outcome = b.end()

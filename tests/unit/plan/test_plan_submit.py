@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
+
+from launch.submit import main
+from pipeline.config import parse_config
+from pipeline.stages import plan_config
 
 ROOT = Path(__file__).parents[3]
 ENGINES = ("deepspeed", "ray", "mlflow")
@@ -53,6 +59,34 @@ def test_standard_output_is_one_object_with_what_others_rely_on(planned: tuple[d
 
 def test_a_plan_imports_no_engine(planned: tuple[dict[str, Any], str]) -> None:
     assert "engines []" in planned[1]
+
+
+TOWER = {"width": 32, "depth": 1, "heads": 2}
+
+
+def test_calibrate_measures_both_passes_of_a_loss_of_all_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    config = {
+        "name": "t", "storage": str(tmp_path), "data": {"samples": 100}, "cluster": {"name": "local", "workers": 1, "device": "cpu"},
+        "pretrain": {
+            "model": {"name": "clip", "embed": 16, "vision": {"kind": "vit", "patch": 4, **TOWER}, "text": {"kind": "transformer", **TOWER}},
+            "objective": "contrastive", "image": {"pixels": 16}, "text": {"size": 520, "length": 8}, "batch": 24, "micro_batch": 8,
+            "duration": "10 steps", "precision": "fp32",
+        },
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    code, out, err = submit(str(tmp_path / "config.yaml"), "--plan", "--calibrate", "--json")
+    assert code == 0, err
+    facts, [kept] = json.loads(out), json.loads((tmp_path / "tessera" / "calibration.json").read_text()).values()
+    assert facts["calibrated"] and "engines []" in err, "the steps are another process's"
+    back, forward = kept["micro_batch_seconds"], kept["first_pass_seconds"]
+    assert 0 < forward < back, "a pass without a graph, and one with it and back"
+    assert facts["step_seconds"]["compute"] == pytest.approx(3 * (back + forward), rel=1e-3)
+    single = parse_config({**config, "pretrain": {**config["pretrain"], "batch": 8}})  # type: ignore[dict-item]
+    plan, _, _ = plan_config(single)
+    assert plan is not None and plan.pace.compute == pytest.approx(back), "one micro-batch passes once"
+    alone = CliRunner().invoke(main, [str(tmp_path / "config.yaml"), "--calibrate"])
+    assert alone.exit_code == 2 and "--calibrate goes with --plan" in alone.output
 
 
 def test_what_does_not_fit_is_said_with_the_smallest_change() -> None:

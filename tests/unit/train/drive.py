@@ -1,6 +1,7 @@
 """Trains several configs one after the other in one process group: `torchrun .. drive.py JOBS.json RESULTS.json`.
 
-A job is {config, overrides}; its result is {error}: the name and text of what was raised, or null.
+A job is {config, overrides, and by_rank: further ones of a rank, by its number}; its result is {error, beats}: the name and text of what was raised, or null; and how often rank 0 told its watcher that
+it begins something of validation, where it has one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import spoilt  # noqa: F401  an objective of the tests
 
@@ -15,21 +17,36 @@ from pipeline.checkpoint import claim_run
 from pipeline.config import load_config
 from pipeline.core.errors import TesseraError
 from pipeline.core.world import World
+from pipeline.train import watch
 from pipeline.train.keeper import Signals
-from pipeline.train.worker import run_worker, use_cores
+from pipeline.train.watcher import Signs
+from pipeline.train.worker import run_worker, settled, use_cores
+
+
+class Counted(Signs):
+    """Signs of life, counted."""
+
+    begun: ClassVar[list[int]] = []
+
+    def beat(self, phase: int, step: int | None = None) -> None:
+        self.begun.append(phase)
+        super().beat(phase, step)
 
 
 def main(jobs: Path, results: Path) -> None:
     world = World.from_environment()
     use_cores(2)
+    watch.Signs = Counted  # type: ignore[misc]
     done = []
     for job in json.loads(jobs.read_text()):
         error = None
+        Counted.begun.clear()
         try:
-            run_worker(claim_run(load_config(job["config"], job["overrides"])), world, None, Signals())
+            config = load_config(job["config"], [*job["overrides"], *job.get("by_rank", {}).get(str(world.rank), [])])
+            run_worker(claim_run(settled(config, world)), world, None, Signals())
         except TesseraError as e:
             error = [type(e).__name__, str(e)]
-        done.append({"error": error})
+        done.append({"error": error, "beats": Counted.begun.count(watch.VALIDATING)})
     assert "mlflow" not in sys.modules, "nobody tracks here, and importing it takes seconds of every rank's start"
     if world.is_main:
         results.write_text(json.dumps(done))

@@ -1,10 +1,12 @@
-"""At each ZeRO stage: one bit of what ranks have copies of changes on the last rank. `torchrun .. flip.py CONFIG RESULTS.json`."""
+"""At each ZeRO stage: one bit of what ranks have copies of changes on the last rank. And ranks that round sums differently hold the same
+all the same. `torchrun .. flip.py CONFIG RESULTS.json`."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +42,29 @@ def main(config: str, results: Path) -> None:
             except InfrastructureError as e:
                 told = str(e)
             found.append([precision, stage, len(names), names[-1], told])
+    drifts = [drift(config, world, optimizer) for optimizer in ("{name: stable-adamw}", "{name: adafactor}")]
     if world.is_main:
-        results.write_text(json.dumps(found))
+        results.write_text(json.dumps({"flips": found, "drifts": drifts}))
+
+
+def drift(config: str, world: World, optimizer: str) -> list[Any]:
+    """Three steps at stage 0 with another number of threads on each rank: whether a sum differs between them, and what is found."""
+    torch.set_num_threads(1 + world.rank)
+    p = load_config(config, [f"pretrain.optimizer={optimizer}"]).pretrain
+    assert p is not None
+    model = create("vit", width=256, depth=1, heads=2, patch=4, pixels=8, classes=3)
+    engine = Engine(model, build_optimizer(model, p.optimizer), p, 1, world)
+    random = torch.Generator().manual_seed(world.rank)
+    for _ in range(3):
+        engine.backward((engine.module(torch.randn(4, 3, 8, 8, generator=random)) - 1).square().mean())
+        engine.step()
+    sums = {float(torch.rand(4096, 32, generator=torch.Generator().manual_seed(seed)).sum()) for seed in range(3)}
+    told = None
+    try:
+        compare(engine.copies(), world)
+    except InfrastructureError as e:
+        told = str(e)
+    return [len(set(map(tuple, map(sorted, world.gather(sums))))), told]
 
 
 if __name__ == "__main__":

@@ -42,6 +42,16 @@ def job(shop: Workshop, name: str, how: str, at: list[int], *overrides: str, gua
     )  # fmt: skip
 
 
+def pairs(shop: Workshop, name: str, *overrides: str) -> dict[str, Any]:
+    """A loss of all pairs of the global batch, with one image that spoils it."""
+    return shop.job(
+        name, f"pretrain.model={CLIP_MODEL}", f"pretrain.objective={{name: spoilt-pairs, at: {ONE}}}", "pretrain.duration=4 steps",
+        "pretrain.text={size: 520, length: 8}", "pretrain.save.every=4 steps", "pretrain.validate=null", *overrides,
+    )  # fmt: skip
+
+
+TOWER = "width: 16, depth: 1, heads: 2"
+CLIP_MODEL = f"{{name: clip, embed: 8, vision: {{kind: vit, patch: 4, {TOWER}}}, text: {{kind: transformer, {TOWER}}}}}"
 ONE = [11]  # of step 3
 TWO = [31, 36]  # of steps 7 and 8
 HIGH = list(range(35, 45))  # all of steps 8 and 9
@@ -62,6 +72,8 @@ def alone(shop: Workshop) -> list[list[str] | None]:
         job(shop, "inf", "inf", ONE),
         job(shop, "gradient", "gradient", ONE),
         job(shop, "bf16", "gradient", ONE, "pretrain.precision=bf16"),
+        job(shop, "steep", "steep", HIGH, guard="{window: 10, lasts: 2}"),
+        pairs(shop, "pairs"),
         job(shop, "heavy", "nan", [], "pretrain.optimizer={name: sgd, lr: 1e+30, weight_decay: 1e+12}", "pretrain.save.every=1 step"),
     ])  # fmt: skip
 
@@ -73,8 +85,13 @@ def pair(shop: Workshop) -> list[list[str] | None]:
     half = [job(shop, f"half-{n}", "gradient", ONE, "pretrain.precision=bf16", f"pretrain.zero.stage={n}") for n in STAGES]
     offload = job(shop, "two-offload", "nan", TWO, "pretrain.zero={stage: 2, offload: optimizer}")
     return shop.train(
-        2, [*jobs, *half, offload, job(shop, "high-2", "high", HIGH, "pretrain.zero.stage=2", guard="{window: 10, lasts: 2}")]
-    )
+        2,
+        [
+            *jobs, *half, offload, job(shop, "high-2", "high", HIGH, "pretrain.zero.stage=2", guard="{window: 10, lasts: 2}"),
+            job(shop, "steep-2", "steep", HIGH, "pretrain.zero.stage=2", guard="{window: 10, lasts: 2}"),
+            pairs(shop, "pairs-2", "pretrain.zero.stage=3"),
+        ],
+    )  # fmt: skip
 
 
 def loader_state(shop: Workshop, name: str, step: int = STEPS) -> dict[str, Any]:
@@ -174,6 +191,26 @@ def test_a_loss_that_stays_too_high_sends_it_back_too(shop: Workshop, alone: lis
     assert close(shop.rows("high-2"), shop.rows("high"), 1e-5) and loader_state(shop, "high-2")["skipped"][0]["last"] == 200
 
 
+def test_so_does_a_gradient_that_stays_too_large(shop: Workshop, alone: list[list[str] | None], pair: list[list[str] | None]) -> None:
+    """The loss is as it was."""
+    assert alone[10] is None
+    for name in ("steep", "steep-2"):
+        [passed] = loader_state(shop, name)["skipped"]
+        assert passed["is_passed"] and (passed["first"], passed["last"], passed["step"]) == (120, 200, 10)
+        assert "the norm of the gradient has been above" in passed["reason"] and "for 2 steps in a row" in passed["reason"]
+    assert close(shop.rows("steep-2"), shop.rows("steep"), 1e-5) and max(losses(shop, "steep").values()) < 2
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs-2"])
+def test_of_a_loss_of_all_together_only_those_that_spoilt_it_are_named(
+    shop: Workshop, alone: list[list[str] | None], pair: list[list[str] | None], name: str
+) -> None:
+    assert alone[11] is None and not any(pair)
+    [skip] = loader_state(shop, name, 4)["skipped"]
+    assert (skip["step"], skip["reason"]) == (3, "its loss is no finite number")
+    assert skip["suspects"] == [[45, 46]] and len(skip["keys"]) == 1, "the second of the second micro-batch"
+
+
 def test_one_odd_batch_does_not(shop: Workshop, alone: list[list[str] | None]) -> None:
     assert alone[3] is None and loader_state(shop, "odd")["skipped"] == [] and losses(shop, "odd")[8] > 20
 
@@ -191,7 +228,7 @@ def test_what_does_not_help_ends(shop: Workshop, alone: list[list[str] | None]) 
 
 def test_weights_that_are_no_numbers_send_it_back(shop: Workshop, alone: list[list[str] | None]) -> None:
     """A finite gradient can have such a step; there is no checkpoint before the first."""
-    assert alone[10] is not None and alone[10][0] == "Diverged"
+    assert alone[-1] is not None and alone[-1][0] == "Diverged"
     assert Checkpoints(shop.directory("heavy")).steps() == []
 
 
@@ -264,6 +301,52 @@ def judge(losses: np.ndarray, guard: Guard | None = None) -> int | None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_healthy_curve_is_taken_for_a_bad_one(kind: str) -> None:
     assert [judge(curve(kind, 1000, seed)) for seed in range(10)] == [None] * 10
+
+
+def norms(kind: str, seed: int) -> np.ndarray:
+    """Of the gradient, in healthy trainings."""
+    random, t = np.random.default_rng(seed), np.arange(1000)
+    match kind:
+        case "falls":  # with the noise of small batches
+            return (0.3 + 5 * np.exp(-t / 100)) * np.exp(random.normal(0, 0.4, 1000))
+        case "plateau":  # and then it begins to learn: eightfold within 60 steps
+            return 0.1 * (1 + 7 / (1 + np.exp(-(t - 400) / 10))) * np.exp(random.normal(0, 0.1, 1000))
+        case "zero-head":  # a head that begins at zero lets nothing through
+            return np.where(t == 0, 0.0, 0.02 + 2 * (1 - np.exp(-t / 150))) * np.exp(random.normal(0, 0.2, 1000))
+        case "odd":  # a batch now and then
+            return np.exp(random.normal(0, 0.1, 1000)) * np.where(random.random(1000) < 0.02, 100, 1)
+    raise AssertionError(kind)
+
+
+def steep(values: np.ndarray) -> int | None:
+    """The step, from 0, at which training would go back for these norms alone."""
+    guard = Guard(Section())
+    for step, norm in enumerate(values.tolist()):
+        try:
+            guard.judge(1.0, False, False, norm)
+        except Trouble as e:
+            assert "norm of the gradient" in str(e)
+            return step
+    return None
+
+
+@pytest.mark.parametrize("kind", ["falls", "plateau", "zero-head", "odd"])
+def test_no_healthy_norm_is_taken_for_a_bad_one(kind: str) -> None:
+    assert [steep(norms(kind, seed)) for seed in range(10)] == [None] * 10
+
+
+@pytest.mark.parametrize("kind", ["falls", "plateau", "zero-head"])
+def test_an_explosion_is_found_at_once(kind: str) -> None:
+    for seed in range(5):
+        values = norms(kind, seed)
+        values[700:] *= 1000
+        assert steep(values) == 702
+        guard = Guard(Section())
+        with pytest.raises(Trouble):
+            for step, norm in enumerate(values.tolist()):
+                guard = Guard(Section(), json.loads(json.dumps(guard.state()))) if step == 701 else guard  # as of a checkpoint
+                guard.judge(1.0, False, False, norm)
+        assert step == 702
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -49,6 +49,17 @@ def test_only_the_asked_steps_are_traced(tmp_path: Path) -> None:
     assert "aten::mm" in table and "Self CPU" in table
 
 
+def test_as_many_steps_are_traced_where_training_goes_back(tmp_path: Path) -> None:
+    """After step 12 to step 6; what is done again then is not traced a second time."""
+    run, profiler = Storage(str(tmp_path)), Profiler(Profile(steps=3, after=10), 0, Storage(str(tmp_path)), World())
+    for number in [*range(1, 13), *range(7, 20)]:
+        step(number)
+        profiler.after_step(number)
+    profiler.close()
+    assert run.names("profile") == ["step-11-rank-0.json.gz", "step-11-rank-0.txt"]
+    assert multiplications(run, "step-11-rank-0") == 11 + 12 + 7
+
+
 def test_a_run_that_ends_keeps_what_was_traced(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
     train(Profiler(Profile(steps=100, after=1), 0, run, World()), 0, 4)

@@ -15,9 +15,9 @@ from pipeline.train.zero import check_deepspeed
 MODEL = {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4}
 
 
-def config(**pretrain: Any) -> Config:
+def config(cluster: dict[str, Any] | None = None, **pretrain: Any) -> Config:
     values = {"model": MODEL, "image": {"pixels": 8}, "batch": 24, "micro_batch": 4, "duration": "5 steps", **pretrain}
-    return parse_config({"name": "a", "storage": "runs", "data": "data", "pretrain": values})
+    return parse_config({"name": "a", "storage": "runs", "data": "data", "pretrain": values, "cluster": cluster or {}})
 
 
 def deepspeed(**pretrain: Any) -> dict[str, Any]:
@@ -76,6 +76,13 @@ def test_raw_keys_are_merged_section_by_section() -> None:
             r"pretrain\.deepspeed\.zero_optimization: 'reduce_buckt_size'.*reduce_bucket_size",
         ),
         ({"zero_optimization": {"reduce_bucket_size": -1}}, r"pretrain\.deepspeed\.zero_optimization\.reduce_bucket_size: -1 is not taken"),
+        (
+            {"zero_optimization": {"zenflow": {"topk_raio": 0.1}}},
+            r"pretrain\.deepspeed\.zero_optimization\.zenflow: 'topk_raio'.*'topk_ratio'",
+        ),
+        ({"comms_logger": {"enabld": True}}, r"pretrain\.deepspeed\.comms_logger: 'enabld' is not known, did you mean 'enabled'"),
+        ({"flops_profiler": {"module_dept": 1}}, r"pretrain\.deepspeed\.flops_profiler: 'module_dept'.*did you mean 'module_depth'"),
+        ({"bf16": True}, r"pretrain\.deepspeed\.bf16: True is no section of keys and values"),
         ({"fp16": {"loss_scale": "much"}}, r"pretrain\.deepspeed\.fp16\.loss_scale: 'much' is not taken by DeepSpeed"),
     ],
 )
@@ -99,6 +106,7 @@ def test_nothing_raw_asks_for_no_engine() -> None:
         ({"zero": {"stage": 0, "offload": "optimizer"}}, r"offload: 'optimizer' needs a stage of 1, 2 or 3"),
         ({"zero": {"stage": 2, "offload": "all"}}, r"offload: all: needs stage 3, which shares the parameters; this is stage 2"),
         ({"zero": {"stage": 1, "hpz": 2}}, r"hpz: 2: needs stage 3"),
+        ({"zero": {"stage": "auto", "hpz": 2}}, r"hpz: 2: needs stage 3, .* this is stage auto"),
         ({"optimizer": {"name": "adafacto"}}, r"pretrain\.optimizer\.name: 'adafacto'.*adafactor"),
         ({"average": {"decay": 1.0}}, r"pretrain\.average\.decay"),
         ({"model": {"name": "resnet", "depths": [1, 1, 1, 1]}, "image": {"pixels": 32}, "recompute": True},
@@ -111,3 +119,28 @@ def test_nothing_raw_asks_for_no_engine() -> None:
 def test_combinations_that_cannot_be_are_refused(pretrain: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(config(**pretrain))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "has"),
+    [
+        ({"workers": 6}, "6 workers"),
+        ({"gpus": 9}, "9 workers"),
+        ({"workers": 4, "gpus": 8, "min_gpus": 2}, "2 to 4 workers"),
+        ({"gpus": 8, "min_gpus": 4}, "4 to 8 workers"),
+        ({"workers": 8, "min_workers": 4}, "4 to 8 workers"),
+        ({"min_workers": 4}, "4 workers or more"),
+        ({}, "as many workers as there is room for"),
+    ],
+)
+def test_hierarchical_partitioning_is_refused_where_some_group_could_not_have_it(cluster: dict[str, Any], has: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^pretrain\.zero\.hpz: 4 must divide every number .*, and cluster allows {has} \(allowed: 1, or"
+    ):
+        check_config(config(cluster, zero={"stage": 3, "hpz": 4}))
+    check_config(config(cluster, zero={"stage": 3}))
+
+
+@pytest.mark.parametrize("cluster", [{"workers": 8}, {"gpus": 4}, {"workers": 4, "min_workers": 4}, {"gpus": 12, "min_gpus": 12}])
+def test_a_group_of_one_size_that_it_divides_can(cluster: dict[str, Any]) -> None:
+    check_config(config(cluster, zero={"stage": 3, "hpz": 4}))

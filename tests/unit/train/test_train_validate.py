@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
-from workshop import Workshop, close
+from workshop import STEPS, Workshop, close
 
 from pipeline.checkpoint import find_model
 from pipeline.config import parse_config
@@ -153,6 +153,22 @@ def test_they_are_the_same_at_every_stage_and_number_of_ranks(trained: Workshop,
         for row in rows:
             row.pop("train/grad_norm", None)
     assert close(ours, theirs, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_long_validation_shows_that_it_lives(trained: Workshop) -> None:
+    """Every pass, of those on three ranks: else a watcher would take a long one for a rank that hangs."""
+
+    def passes(samples: int) -> int:
+        return -(-samples // (3 * 4))
+
+    bank, test = (open_dataset(str(trained.root / "data"), split) for split in ("train", "test"))
+    scored = passes(int((test.labels() >= 0).sum()))
+    neighbours = passes(len(test)) + passes(int((bank.labels() >= 0).sum())) + scored
+    captions = passes(CLASSES * len(TEMPLATES)) + scored
+    own = STEPS - 1  # the loop's, after each step but the first, until which it starts
+    assert trained.beats == [own + 2 * (neighbours + captions), own + 2 * neighbours]
 
 
 @pytest.mark.slow

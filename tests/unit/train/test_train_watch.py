@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from pipeline.core.progress import Event, set_sink
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.train.watch import Lag
-from pipeline.train.watcher import INPUT, SAVING, SIZE, STARTING, STEP, VALIDATING, Hub, Report, Signs, Watcher, judge
+from pipeline.train.watcher import INPUT, SAVING, SIZE, STARTING, STEP, VALIDATING, Hub, Report, Signs, Verdict, Watcher, connect, judge
 
 HANG = 6  # seconds
 LIMIT = 60  # for this machine, which may have other work
@@ -152,6 +154,50 @@ def test_the_hub_warns_and_then_ends(free_port: int) -> None:
     assert not other.take(report(1)).ranks, "it goes on"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_watchers_reach_the_hub_by_either_protocol(free_port: int, host: str) -> None:
+    try:
+        socket.getaddrinfo(host, 0)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+            s.bind((host, 0))
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    hub = Hub(2, 90, (host, free_port), b"key")
+    line = connect((host, free_port), b"key")
+    hub.take(report(0))
+    line.send_bytes(json.dumps(asdict(report(1, mute=200, state="T"))).encode())
+    assert Verdict(**json.loads(line.recv_bytes())).ranks == [1]
+    with pytest.raises(OSError, match="is not our hub"):
+        connect((host, free_port), b"another")
+
+
+LATE = """
+import datetime, os, sys
+from pipeline.core.errors import InfrastructureError
+from pipeline.core.world import World
+from pipeline.train.zero import join_group
+for rank in (0, 1):
+    os.environ["RANK"] = str(rank)
+    try:
+        join_group(World(rank, 2, 0), datetime.timedelta(seconds=2))
+    except InfrastructureError as e:
+        print(int(e.exit_code), e)
+"""
+
+
+def test_ranks_that_never_come_are_not_waited_for(free_port: int) -> None:
+    """By rank 0, whose store the others would come to; and by rank 1, which finds none."""
+    env = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", LATE], env=env, capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stdout.splitlines() if "pretrain:" in line]
+    assert len(said) == 2, done.stderr[-3000:]
+    for rank, line in enumerate(said):
+        assert line.startswith(f"33 pretrain: rank {rank} of 2 could not join the others at 127.0.0.1:{free_port} within 2 s (")
+
+
 def test_time_for_which_all_stood_still_does_not_count() -> None:
     """Somebody stopped the whole job and had it go on: the ranks, and those that watch them."""
     with tempfile.TemporaryFile() as memory:
@@ -207,7 +253,7 @@ def test_who_lags() -> None:
         assert not said
         lag.judge([1.0, 2.0, 1.0, 1.1])
         lag.judge([1.0, 2.0, 1.0, 1.1])
-        assert len(said) == 1 and "rank 1 lags: for its input and the forward pass it takes 2.0 times as long" in said[0].text
+        assert len(said) == 1 and "rank 1 lags: for input and computing it takes 2.0 times as long" in said[0].text
         lag.judge([1.0, 1.0, 1.0, 1.1])
         for _ in range(3):
             lag.judge([1.0, 9.0, 1.0, 1.1])
@@ -216,6 +262,6 @@ def test_who_lags() -> None:
         for _ in range(9):
             brief.judge([1.0, 9.0, 1.0, 1.1])
         assert len(said) == 2, "not for a minute"
-        assert Lag(None, World(0, 4)).look() is None and Lag(1.5, World()).look() is None
+        assert Lag(None, World(0, 4)).look([1.0] * 4) is None and Lag(1.5, World()).look([1.0]) is None
     finally:
         set_sink(None)

@@ -26,6 +26,7 @@ class Workshop:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.beats: list[int | None] = []  # of each job trained last: how often validation showed a sign of life
         config = {
             "name": "run", "seed": SEED, "storage": str(root / "runs"), "cluster": "local", "data": str(root / "data"),
             "pretrain": {
@@ -56,7 +57,9 @@ class Workshop:
         self.start(
             world_size, [str(script or Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")]
         )
-        return [r["error"] for r in json.loads((self.root / "results.json").read_text())]
+        results = json.loads((self.root / "results.json").read_text())
+        self.beats = [r.get("beats") for r in results]
+        return [r["error"] for r in results]
 
     def start(self, world_size: int, arguments: list[str], seconds: int = 300) -> str:
         with socket.socket() as s:
