@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config.pretrain import Pretrain
-from pipeline.models import Model, build, flops
+from pipeline.models import Model, build, flops, training_flops
 from pipeline.models.blockwise import blocks_of
 from pipeline.models.options import Options
 from pipeline.models.registry import family_of
@@ -98,6 +98,11 @@ class Workload:
         return _forward_flops(self.pretrain.model.name, self.options)
 
     @cached_property
+    def training_flops(self) -> float:
+        """Forward and back."""
+        return _training_flops(self.pretrain.model.name, self.options)
+
+    @cached_property
     def live(self) -> Live:
         p = self.pretrain
         return _live(p.model.name, self.options, p.precision, p.micro_batch, self.recompute, self.on_cpu)
@@ -155,6 +160,11 @@ def _tensors(name: str, options: Options) -> Tensors:
 @cache
 def _forward_flops(name: str, options: Options) -> float:
     return flops(build(name, options, device="meta"))
+
+
+@cache
+def _training_flops(name: str, options: Options) -> float:
+    return training_flops(build(name, options, device="meta"))
 
 
 @cache
