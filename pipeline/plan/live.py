@@ -156,7 +156,7 @@ def count_live(
     kernels = partial(_Kernels, norms=not (on_cpu and dtype.itemsize < 4))  # a CPU has none of RMS norm in 16 bits (models/fused.py)
     if recompute:
         for block in blocks_of(model):
-            block.forward = partial(checkpoint, _with(kernels, block.forward), use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, _with(kernels, block.forward), use_reentrant=False, preserve_rng_state=False)
     inputs = model.example(batch)
     counter = _Counter({tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *inputs)})
     with _kinds(model, counter), _taken(model, counter), kernels(), counter:

@@ -19,8 +19,8 @@ def stay_outside() -> None:
 
 
 def keep_memory() -> None:
-    """After the first step: have glibc keep what one frees for the next. Else it gives it back to the kernel, and faults it in again page by
-    page: 16,000 to 200,000 faults a step of ViT-S/16 at a batch of 16, against less than 4,000."""
+    """After the first step: have glibc keep what one frees for the next. Else it gives it back to the kernel, and faults it in again page
+    by page: 16,000 to 200,000 faults a step of ViT-S/16 at a batch of 16, against less than 4,000."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most there is

@@ -8,7 +8,7 @@ from pipeline.config import Config, parse_config
 from pipeline.objectives import Facts
 from pipeline.plan import Plan, make_plan
 from pipeline.plan.describe import as_text, describe
-from pipeline.plan.memory import BUILDERS
+from pipeline.plan.moments import BUILDERS
 from pipeline.stream.collection import Reading
 
 MODEL = {"name": "vit", "width": 16, "depth": 2, "heads": 2, "patch": 4}
