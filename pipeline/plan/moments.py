@@ -46,8 +46,8 @@ class _Stage0:
 
     def amounts(self, moment: str) -> Amounts:
         base, more = self.base(), getattr(self, moment)()
-        if moment == "start":  # the optimiser's moments are made last
-            base["optimizer"] = min(base["optimizer"], self.master())
+        if moment == "start":  # the rest is made later
+            base = {"runtime": base["runtime"]}
         return {key: base.get(key, 0) + more.get(key, 0) for key in {**base, **more}}
 
     def base(self) -> Amounts:
@@ -68,7 +68,7 @@ class _Stage0:
         return 0
 
     def start(self) -> Amounts:
-        return {}
+        return {"parameters": 4 * self.all}
 
     def passes(self, most: int) -> Amounts:
         """Activations and logits, `most` together."""
@@ -141,7 +141,8 @@ class _Stage12(_Stage0):
         return 4 * self.own  # in fp32 too: DeepSpeed clones the part that it steps
 
     def start(self) -> Amounts:
-        return {"parameters": 4 * self.all - self.s.width * self.all, "buffers": self.s.width * self.all}  # and its flat copy
+        """In fp32, then in the model's type with its flat copy."""
+        return {"parameters": self.s.width * self.all, "buffers": max(4 - self.s.width, self.s.width) * self.all}
 
     def accumulated(self) -> int:
         return 0 if self.s.rounds == 1 else self.s.width * (self.all if self.s.stage == 1 else self.own)
@@ -197,8 +198,7 @@ class _Stage3(_Stage12):
         return (0 if self.s.offload == "all" and not self.s.on_cpu else self.s.width * self.own) + secondary
 
     def start(self) -> Amounts:
-        whole = 4 * self.all - self.s.width * self.own
-        return {"parameters": whole}
+        return {"parameters": 4 * self.all}  # divided one after the other
 
     def forward(self) -> Amounts:
         return {**self.passes(self.live.forward), **self.gather()}
