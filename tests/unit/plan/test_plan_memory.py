@@ -18,7 +18,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.plan.devices import find_device
 from pipeline.plan.fit import check_fits, explain_out_of_memory, is_out_of_memory, settle, smallest_change
 from pipeline.plan.live import count_live
-from pipeline.plan.setup import RUNTIME_GPU
+from pipeline.plan.setup import RUNTIME_CPU, RUNTIME_GPU
 from pipeline.plan.workload import loss_like
 
 VIT = {"name": "vit", "width": 64, "depth": 4, "heads": 4, "patch": 4}
@@ -199,3 +199,20 @@ def test_an_average_and_adafactor() -> None:
     assert 8 * whole.memory.items["optimizer"] == pytest.approx(4 * whole.tensors.parameters + 4 * whole.tensors.factored, rel=0.01)
     with_average = replace(whole, pretrain=whole.pretrain.model_copy(update={"average": {"decay": 0.9999}}))
     assert 8 * with_average.memory.items["averages"] == pytest.approx(4 * whole.tensors.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_heap_is_as_large_as_it_ever_was(stage: int) -> None:
+    """On a CPU; `tests/bench/plan.py` holds the whole against real trainings. In what was measured there, the sum of these."""
+    load = plan(2, "cpu", precision="fp32", zero={"stage": stage}, micro_batch=4, batch=8).load
+    size, most = 4 * load.tensors.parameters, load.live.most
+    own = size // 2
+    wanted = {
+        0: {"parameters": size, "optimizer": 2 * size, "gradients": size, "buffers": size, "allocator": most},
+        1: {"parameters": size, "optimizer": 3 * own, "buffers": 2 * size, "allocator": size + most},
+        2: {"parameters": size, "optimizer": 3 * own, "buffers": 2 * size, "allocator": most},
+        3: {
+            "parameters": own, "optimizer": 3 * own, "gradients": own, "buffers": size, "temporaries": 2 * size, "allocator": size + most,
+        },
+    }[stage]  # fmt: skip
+    assert load.memory.moments["reduce"] - RUNTIME_CPU == pytest.approx(sum(wanted.values()), rel=0.001)
