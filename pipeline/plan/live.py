@@ -23,14 +23,18 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models import Model
 from pipeline.models.blocks import Attention, Block, Mlp
+from pipeline.models.blockwise import blocks_of
+from pipeline.models.caption import CrossAttention, DecoderBlock
 
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (Attention, "attention"),
+    (CrossAttention, "attention"),
     (Mlp, "mlp"),
     (nn.LayerNorm, "norms"),
     (nn.RMSNorm, "norms"),
     (nn.BatchNorm2d, "norms"),
     (Block, "residual"),
+    (DecoderBlock, "residual"),
     (nn.Conv2d, "convolutions"),
 )
 BACKWARD, REST = "backward", "embeddings and heads"
@@ -151,8 +155,8 @@ def count_live(
     model = model.to("meta", dtype).train()
     kernels = partial(_Kernels, norms=not (on_cpu and dtype.itemsize < 4))  # a CPU has none of RMS norm in 16 bits (models/fused.py)
     if recompute:
-        for block in (module for module in model.modules() if isinstance(module, Block)):
-            block.forward = partial(checkpoint, _with(kernels, block.forward), use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        for block in blocks_of(model):
+            block.forward = partial(checkpoint, _with(kernels, block.forward), use_reentrant=False, preserve_rng_state=False)
     inputs = model.example(batch)
     counter = _Counter({tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *inputs)})
     with _kinds(model, counter), _taken(model, counter), kernels(), counter:

@@ -14,7 +14,6 @@ from pipeline.plan.devices import Device
 from pipeline.plan.traffic import Traffic
 from pipeline.plan.workload import Workload
 
-BACKWARD = 3  # forward, and a backward pass of twice that
 # Decoded images a second of one thread: 2,036 of two, JPEGs of 304 x 256 pixels (tests/bench/RESULTS.md); larger files are slower.
 DECODED = 1_000
 _OVERLAPPED = 0.9  # of stage 3's gathers and scatters, at most; the first and the last layer have nothing beside them
@@ -44,19 +43,19 @@ class Pace:
     samples_per_second: float
 
 
-def work_factor(load: Workload) -> float:
-    """Forward passes that a training step is worth, recomputation and a joint loss's first pass counted."""
-    return BACKWARD + (1 if load.recompute else 0) + (1 if load.has_first_pass else 0)
+def work_of(load: Workload) -> float:
+    """What a device does of a sample: forward and back, and forward once more to recompute, and for a joint loss's first pass."""
+    again = (1 if load.recompute else 0) + (1 if load.has_first_pass else 0)
+    return load.training_flops + (again * load.forward_flops if again else 0)
 
 
 def pace_of(load: Workload, device: Device, traffic: Traffic, measured: Measured | None = None) -> Pace:
     p = load.pretrain
     peak = device.peak(p.precision)
-    a_sample = load.forward_flops * work_factor(load)
     if measured:
         compute = load.rounds * (measured.micro_batch + (measured.first_pass if load.has_first_pass else 0))
     else:
-        compute = load.rounds * p.micro_batch * a_sample / (peak * device.efficiency)
+        compute = load.rounds * p.micro_batch * work_of(load) / (peak * device.efficiency)
     update = measured.update if measured else _update(load, device)
     wire = device.link if load.workers <= device.per_node else min(device.link, device.network)
     sending = traffic.total / wire
@@ -70,7 +69,7 @@ def pace_of(load: Workload, device: Device, traffic: Traffic, measured: Measured
         communication=sending - hidden,
         update=update,
         input=decode,
-        mfu=rate * BACKWARD * load.forward_flops / (load.workers * peak),
+        mfu=rate * load.training_flops / (load.workers * peak),
         samples_per_second=rate,
     )
 

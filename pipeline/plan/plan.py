@@ -11,7 +11,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.objectives import Facts
 from pipeline.plan.devices import Device, find_device
 from pipeline.plan.memory import Memory
-from pipeline.plan.pace import BACKWARD, Measured, Pace, pace_of
+from pipeline.plan.pace import Measured, Pace, pace_of
 from pipeline.plan.traffic import Traffic, traffic_of
 from pipeline.plan.workload import Workload
 from pipeline.stream.collection import Reading
@@ -24,8 +24,9 @@ _MANY = 10**12  # samples of an epoch, where nothing depends on how many
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps are of the optimiser; `flops_a_sample` is of training, two a multiply-add, a backward pass twice the forward pass,
-    recomputation left out. What a worker need not know before it trains is worked out as it is asked for."""
+    """Steps are of the optimiser; `flops_a_sample` is of training, two a multiply-add, a backward pass twice the forward pass but for the
+    gradient by the pixels (models/model.py), recomputation left out. What a worker need not know before it trains is worked out as it is
+    asked for."""
 
     steps: int
     warmup: int
@@ -46,7 +47,7 @@ class Plan:
 
     @cached_property
     def flops_a_sample(self) -> float:
-        return BACKWARD * self.load.forward_flops
+        return self.load.training_flops
 
     @cached_property
     def memory(self) -> Memory:

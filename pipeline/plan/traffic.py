@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.plan.memory import MAX_LIVE
+from pipeline.plan.setup import MAX_LIVE
 from pipeline.plan.workload import Workload
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config.pretrain import Pretrain
-from pipeline.models import Model, build, flops
+from pipeline.models import Model, build, flops, training_flops
 from pipeline.models.blockwise import blocks_of
 from pipeline.models.options import Options
 from pipeline.models.registry import family_of
@@ -20,7 +20,8 @@ from pipeline.objectives import OBJECTIVES, Facts, model_options
 from pipeline.objectives.joint import JointObjective
 from pipeline.objectives.pairs import TILE
 from pipeline.plan.live import Live, count_live
-from pipeline.plan.memory import HEAP_BELOW, Memory, Setup, Tensors, memory_of, moment_bytes
+from pipeline.plan.memory import Memory, memory_of
+from pipeline.plan.setup import HEAP_BELOW, Setup, Tensors, moment_bytes
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,11 +97,16 @@ class Workload:
 
     @cached_property
     def tensors(self) -> Tensors:
-        return _tensors(self.pretrain.model.name, self.options)
+        return _tensors(self.pretrain.model.name, self.options, self.width)
 
     @cached_property
     def forward_flops(self) -> float:
         return _forward_flops(self.pretrain.model.name, self.options)
+
+    @cached_property
+    def training_flops(self) -> float:
+        """Forward and back."""
+        return _training_flops(self.pretrain.model.name, self.options)
 
     @cached_property
     def live(self) -> Live:
@@ -149,17 +155,22 @@ class Workload:
 
 
 @cache
-def _tensors(name: str, options: Options) -> Tensors:
+def _tensors(name: str, options: Options, width: int) -> Tensors:
     parameters = list(build(name, options, device="meta").parameters())
     sizes = [p.numel() for p in parameters]
     matrices = [(p.shape[0], p.numel() // p.shape[0]) if p.ndim > 1 else (1, p.numel()) for p in parameters]
     factored = sum(rows + columns if min(rows, columns) >= FACTORED_FROM else rows * columns for rows, columns in matrices)
-    return Tensors(sum(sizes), max(sizes), sum(n for n in sizes if 4 * n < HEAP_BELOW), factored)
+    return Tensors(sum(sizes), max(sizes), sum(n for n in sizes if width * n < HEAP_BELOW), factored)
 
 
 @cache
 def _forward_flops(name: str, options: Options) -> float:
     return flops(build(name, options, device="meta"))
+
+
+@cache
+def _training_flops(name: str, options: Options) -> float:
+    return training_flops(build(name, options, device="meta"))
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, choose
-from pipeline.plan.memory import REDUCE_BUCKET
+from pipeline.plan.setup import REDUCE_BUCKET
 from pipeline.plan.workload import stage_of
 
 WHERE = "pretrain.deepspeed"

@@ -8,9 +8,7 @@ checkpoint, train to the end, saving on the way.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import sys
 import time
 from contextlib import ExitStack
@@ -40,6 +38,7 @@ from pipeline.plan.devices import host_memory
 from pipeline.plan.fit import explain_out_of_memory, has_auto, is_out_of_memory, settle
 from pipeline.stream import Collection, open_collection, open_dataset, open_stream
 from pipeline.train.communication import watching
+from pipeline.train.heap import stay_outside
 from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, planned_facts, prepare_inputs
 from pipeline.train.keeper import Regroup, Signals
 from pipeline.train.loop import train
@@ -50,8 +49,6 @@ from pipeline.train.scores import open_scores
 from pipeline.train.validate import HeldOut
 from pipeline.train.watch import Watch
 from pipeline.train.zero import Engine, check_precision, join_group
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def run_worker(run: Run, world: World, tracker: Tracker | None, signals: Signals) -> tuple[dict[str, float], bool]:
@@ -198,19 +195,10 @@ def stage_tracker(run: Run) -> Tracker:
 
 
 def use_cores(processes: int) -> None:
-    """On a machine without a GPU: share its cores among the training processes, instead of each taking all, and keep their memory."""
+    """On a machine without a GPU: share its cores among the training processes, instead of each taking all, and mind their heaps."""
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, processes)))
-        keep_memory()
-
-
-def keep_memory() -> None:
-    """Have glibc keep what one step frees for the next. Else it gives it back to the kernel, and faults it in again page by page:
-    16,000 to 200,000 faults a step of ViT-S/16 at a batch of 16, against less than 4,000."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most there is
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        stay_outside()
 
 
 def settled(config: Config, world: World) -> Config:

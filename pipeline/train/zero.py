@@ -27,6 +27,7 @@ from pipeline.core.world import World
 from pipeline.models import Model
 from pipeline.models.blockwise import compile_blocks, recompute_blocks
 from pipeline.plan.workload import stage_of
+from pipeline.train.heap import keep_memory
 from pipeline.train.settings import SECTIONS, WHERE, settings
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
@@ -185,6 +186,7 @@ class Engine:
         self._statistics = [(b, b.clone()) for name, b in model.named_buffers() if name.endswith(OWN_BUFFERS)]
         if self.dtype == torch.float16:  # the guard says when it is enough
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        self._is_first = True  # of the updates to come: what stays is made before it
 
     @property
     def module(self) -> nn.Module:
@@ -247,6 +249,9 @@ class Engine:
             self.is_left_out = not is_finite or self.engine.skipped_steps > before
             self._last_flags, self._flags = self._flags, []
             self._last_sound, self._sound = self._sound, {}
+            if self._is_first and not torch.cuda.is_available():
+                keep_memory()
+            self._is_first = False
             for parameter, low, high in self._limits:
                 self._clamp(parameter, low, high)
             for buffer, kept in self._statistics:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from pipeline.models import create
 from pipeline.models.sampling import next_logits, sample
-from pipeline.train.worker import keep_memory
+from pipeline.train.heap import keep_memory
 from tests.bench.pairs import interval, machine, median, race
 
 Loss = Callable[[torch.nn.Module, torch.device], torch.Tensor]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline.models import flops
+from pipeline.models import training_flops
 from tests.bench.mfu import peers
 from tests.bench.mfu.device import PEAK, Readings, synchronize, time_calls
 from tests.bench.mfu.recipes import BASE, THEIRS, Recipe, recipe
@@ -51,7 +51,7 @@ class Bench:
         self._best_rate = 0.0
         device = settings.device
         model = self.subject.make(torch.device("meta"), settings.small)
-        self.options, self.flops = model.options, 3 * flops(model)
+        self.options, self.flops = model.options, training_flops(model)
         self.batch = settings.batch or (16 if settings.small else self.subject.batch)
         self.base = Recipe(backend=settings.backend)
         self.device = device

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import ConfigError
 from pipeline.models import create
+from pipeline.models.blockwise import recompute_blocks
 from pipeline.objectives import Facts
 from pipeline.plan import Plan, make_plan
 from pipeline.plan.devices import find_device
 from pipeline.plan.fit import check_fits, explain_out_of_memory, is_out_of_memory, settle, smallest_change
 from pipeline.plan.live import count_live
-from pipeline.plan.memory import RUNTIME_GPU
+from pipeline.plan.setup import RUNTIME_CPU, RUNTIME_GPU
 from pipeline.plan.workload import loss_like
 
 VIT = {"name": "vit", "width": 64, "depth": 4, "heads": 4, "patch": 4}
@@ -28,6 +28,10 @@ CLIP = {
     "vision": {"kind": "vit", "width": 64, "depth": 2, "heads": 4, "patch": 4},
     "text": {"width": 64, "depth": 2},
 }
+CAPTION = {
+    "vision": {"kind": "vit", "width": 64, "depth": 2, "heads": 4, "patch": 4}, "text": {"width": 64, "depth": 4, "heads": 4}, "pixels": 32,
+    "vocabulary": 600, "context": 16,
+}  # fmt: skip
 FACTS = Facts(classes=10, vocabulary=600, context=16)
 SMALL_GPU = {"name": "mine", "flops": 1e12, "memory": RUNTIME_GPU + 400 * 2**20}
 
@@ -41,10 +45,17 @@ def plan(workers: int = 1, device: Any = "h100", **changes: Any) -> Plan:
     return make_plan(config(device, **changes), 100_000, FACTS, workers)
 
 
-def test_what_is_kept_is_what_autograd_saves() -> None:
-    """Against the tensors that a real forward pass on this CPU saves, which has a fused attention too."""
-    model = create("vit", **{**{k: v for k, v in VIT.items() if k != "name"}, "pixels": 32, "classes": 10}).train()
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["vit", "caption"])
+def test_what_is_kept_is_what_autograd_saves(name: str, recompute: bool) -> None:
+    """Against the tensors that a real forward pass on this CPU saves, which has a fused attention too; a captioner's decoder has blocks of
+    its own."""
+    sizes = {**{k: v for k, v in VIT.items() if k != "name"}, "pixels": 32, "classes": 10} if name == "vit" else CAPTION
+    model = create(name, **sizes).train()
+    if recompute:
+        recompute_blocks(model)
+    inputs = model.example(3)
+    own = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers(), *inputs)}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,18 +64,10 @@ def test_what_is_kept_is_what_autograd_saves() -> None:
             saved[storage._cdata] = storage
         return tensor
 
-    images = torch.zeros(3, 3, 32, 32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(images)
-        loss = F.cross_entropy(out, torch.zeros(3, dtype=torch.long))
-    assert loss.requires_grad
-    real = sum(s.nbytes() for key, s in saved.items() if key != images.untyped_storage()._cdata)
-    twin = count_live(
-        create("vit", device="meta", **{k: v for k, v in VIT.items() if k != "name"}, pixels=32, classes=10),
-        torch.float32,
-        3,
-        loss_like("vit"),
-    )
+        assert loss_like(name)(model(*inputs)).requires_grad
+    real = sum(storage.nbytes() for storage in saved.values())
+    twin = count_live(create(name, device="meta", **sizes), torch.float32, 3, loss_like(name), recompute)
     assert twin.kept_bytes == pytest.approx(real, rel=0.05)
     assert twin.kept_bytes <= twin.forward <= twin.most <= twin.most_with_gradients
 
@@ -108,7 +111,7 @@ def test_a_contrastive_loss_takes_tiles_not_squares() -> None:
     assert pairs(131_072) < 17 * pairs(8192), "of n x T, not N x N"
     p = plan(8, model=CLIP, objective="contrastive", batch=32_768, micro_batch=64)
     assert p.traffic.features == pytest.approx(7 / 8 * 4 * 32_768 * 2 * 33)
-    assert p.pace.compute == pytest.approx(4 / 3 * 64 * 64 * p.flops_a_sample / (989e12 * 0.4)), "embedded twice"
+    assert p.pace.compute == pytest.approx(64 * 64 * (p.flops_a_sample + p.load.forward_flops) / (989e12 * 0.4)), "embedded twice"
 
 
 def test_figures_of_ones_own() -> None:
@@ -196,3 +199,20 @@ def test_an_average_and_adafactor() -> None:
     assert 8 * whole.memory.items["optimizer"] == pytest.approx(4 * whole.tensors.parameters + 4 * whole.tensors.factored, rel=0.01)
     with_average = replace(whole, pretrain=whole.pretrain.model_copy(update={"average": {"decay": 0.9999}}))
     assert 8 * with_average.memory.items["averages"] == pytest.approx(4 * whole.tensors.parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_heap_is_as_large_as_it_ever_was(stage: int) -> None:
+    """On a CPU; `tests/bench/plan.py` holds the whole against real trainings. In what was measured there, the sum of these."""
+    load = plan(2, "cpu", precision="fp32", zero={"stage": stage}, micro_batch=4, batch=8).load
+    size, most = 4 * load.tensors.parameters, load.live.most
+    own = size // 2
+    wanted = {
+        0: {"parameters": size, "optimizer": 2 * size, "gradients": size, "buffers": size, "allocator": most},
+        1: {"parameters": size, "optimizer": 3 * own, "buffers": 2 * size, "allocator": size + most},
+        2: {"parameters": size, "optimizer": 3 * own, "buffers": 2 * size, "allocator": most},
+        3: {
+            "parameters": own, "optimizer": 3 * own, "gradients": own, "buffers": size, "temporaries": 2 * size, "allocator": size + most,
+        },
+    }[stage]  # fmt: skip
+    assert load.memory.moments["reduce"] - RUNTIME_CPU == pytest.approx(sum(wanted.values()), rel=0.001)
