@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import yaml
-from torch import nn
 
 from pipeline import report
 from pipeline.checkpoint import Checkpoints, Run, claim_run
@@ -24,22 +23,20 @@ from pipeline.checkpoint.read import verify
 from pipeline.checkpoint.run import flatten, kept_micro_batch, run_directory, tracking_uri
 from pipeline.config import Config, fingerprint
 from pipeline.config.data import Data
-from pipeline.config.pretrain import Pretrain
-from pipeline.core.errors import CheckpointError, ConfigError, TesseraError, choose
+from pipeline.core.errors import CheckpointError, TesseraError, choose
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
 from pipeline.evaluate.results import Result
 from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks, look_up
-from pipeline.models import Model, build
-from pipeline.models.blockwise import blocks_of
-from pipeline.objectives import Facts, check_best, check_mixing
+from pipeline.models import build
+from pipeline.objectives import Facts
 from pipeline.plan import Plan, make_plan
 from pipeline.plan.calibration import find_measured
 from pipeline.plan.devices import find_device
 from pipeline.plan.fit import check_fits, has_auto, settle
-from pipeline.plan.plan import check_groups, check_schedule
+from pipeline.plan.plan import check_groups
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
 from pipeline.stream import Collection, open_collection
@@ -47,10 +44,8 @@ from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
 from pipeline.train.inputs import check_captions, check_teacher, named_inputs, options_of, planned_facts
 from pipeline.train.keeper import Signals
-from pipeline.train.optim import OPTIMIZERS
-from pipeline.train.schedule import SCHEDULES
-from pipeline.train.scores import check_data, check_scores, splits_of, wanted
-from pipeline.train.settings import check_raw
+from pipeline.train.preflight import check_pretrain
+from pipeline.train.scores import check_data, splits_of
 from pipeline.train.zero import check_deepspeed, check_precision, is_slow
 
 TIMINGS = "timings.json"
@@ -70,15 +65,7 @@ def check_config(config: Config) -> None:
     tracking_uri(config)
     p = config.pretrain
     if p:
-        _check_blocks(p, build(p.model.name, options_of(p, classes=2), device="meta"))
-        check_mixing(p.objective.name, p.image)
-        if p.save.best:
-            check_best(p.objective.name, p.save.best, wanted(p))
-        check_scores(p, has_many=len(config.data or []) > 1)
-        choose("pretrain.optimizer.name", p.optimizer.name, OPTIMIZERS)
-        choose("pretrain.schedule.name", p.schedule.name, SCHEDULES)
-        check_raw(p.deepspeed)
-        check_schedule(p)
+        check_pretrain(p, has_many=len(config.data or []) > 1)
         check_groups(config)
         find_device(config.cluster, 1)
         if config.shard:
@@ -89,15 +76,6 @@ def check_config(config: Config) -> None:
                 if url is None:
                     choose(path, split, config.shard.splits)
     check_evaluate(config)
-
-
-def _check_blocks(p: Pretrain, model: Model) -> None:
-    """Raises ConfigError for what is done block by block of a model that has none."""
-    for key in ("recompute", "compile"):
-        if getattr(p, key) and not blocks_of(model):
-            raise ConfigError(f"pretrain.{key}: is done to each Transformer block, and {p.model.name} has none (allowed: false)")
-    if p.optimizer.layer_decay and sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:  # more than a patch embedding
-        raise ConfigError(f"pretrain.optimizer.layer_decay: goes by Transformer blocks, {p.model.name} has convolutions (allowed: null)")
 
 
 def made_by(configs: Sequence[Config]) -> frozenset[str]:

@@ -42,6 +42,7 @@ def calibrate(config: Config, load: Workload, device: Device) -> Measured:
         ConfigError: the plan is for another device than this machine's, or the steps failed.
     """
     values = config.model_dump(mode="json", by_alias=True)
+    values["pretrain"]["zero"]["hpz"] = 1  # alone there is nobody to share with
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(values))
@@ -55,7 +56,9 @@ def calibrate(config: Config, load: Workload, device: Device) -> Measured:
         raise ConfigError(
             f"--calibrate: this machine has {trial['device']!r}, and the plan is for {device.name}; calibrate on one of those"
         )
-    alone = replace(load, workers=1, pretrain=load.pretrain.model_copy(update={"batch": load.pretrain.micro_batch}))
+    p = load.pretrain
+    zero = p.zero.model_copy(update={"hpz": 1})
+    alone = replace(load, workers=1, pretrain=p.model_copy(update={"batch": p.micro_batch, "zero": zero}))
     kept = {
         "micro_batch_seconds": trial["micro_batch_seconds"],
         "first_pass_seconds": trial["first_pass_seconds"],
@@ -82,7 +85,7 @@ def _key(load: Workload, device: Device) -> str:
     return fingerprint({
         "model": p.model.name, "options": load.options.model_dump(mode="json"), "objective": p.objective.name, "precision": p.precision,
         "micro_batch": p.micro_batch, "recompute": load.recompute, "compile": p.compile, "stage": load.stage, "offload": p.zero.offload,
-        "optimizer": p.optimizer.name, "device": device.name,
+        "optimizer": p.optimizer.name, "average": load.has_average, "deepspeed": p.deepspeed, "device": device.name,
     })  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def find_device(cluster: Cluster, workers: int) -> Device:
     """
     said = cluster.device
     if said is None:
-        found = _local(workers) if cluster.is_local or cluster.gpus == 0 else None
+        found = this_machine(workers) if cluster.is_local or cluster.gpus == 0 else None
         device = found or replace(DEVICES["h100"], is_assumed=True)
         if cluster.gpus == 0 and not cluster.is_local:
             device = replace(DEVICES["cpu"], is_assumed=True)
@@ -88,7 +88,7 @@ def find_device(cluster: Cluster, workers: int) -> Device:
     return replace(device, price=cluster.price) if cluster.price else device
 
 
-def _local(workers: int) -> Device:
+def this_machine(workers: int) -> Device:
     """This machine's, with the memory that it has: a GPU's, or a share of the host's."""
     if not torch.cuda.is_available():
         return replace(DEVICES["cpu"], memory=host_memory() // workers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipeline.config.pretrain import AUTO, Pretrain
 from pipeline.core.errors import ConfigError
 from pipeline.core.units import format_bytes
 from pipeline.objectives import Facts
-from pipeline.plan.devices import find_device
+from pipeline.plan.devices import Device, find_device
 from pipeline.plan.memory import Memory
 from pipeline.plan.plan import Plan
 from pipeline.plan.workload import Workload
@@ -37,15 +37,13 @@ def smallest_change(load: Workload, room: int) -> Changes | None:
     every: Changes = {}
     for change in steps:
         every |= change
-        least = _changed(load, {**every, "pretrain.micro_batch": 1})
-        if least.memory.peak <= room:
-            largest = _largest_micro_batch(_changed(load, every), room, p.micro_batch)
+        if largest := _largest_micro_batch(_changed(load, every), room, p.micro_batch):
             return every if largest == p.micro_batch else {**every, "pretrain.micro_batch": largest}
     workers = 2 * load.workers
     while workers <= _MOST_WORKERS:
         for change in ({}, *steps, {**every, "pretrain.micro_batch": 1}):
             if _changed(replace(load, workers=workers), change).memory.peak <= room:
-                return {**change, "cluster.workers": workers}
+                return {**change, "cluster.workers": workers, **({} if load.on_cpu else {"cluster.gpus": workers})}
         workers *= 2
     return None
 
@@ -70,8 +68,14 @@ def _changed(load: Workload, changes: Mapping[str, Any]) -> Workload:
 
 
 def _largest_micro_batch(load: Workload, room: int, most: int) -> int:
-    """The largest divisor of the batch, up to `most`, that fits into `room`; 0 where none does. More samples never take less."""
+    """The largest divisor of the batch, up to `most`, that fits into `room`; 0 where none does. More samples never take less, but where
+    they are all of a worker's share: then it keeps no sums of gradients."""
     divisors = [n for n in range(1, most + 1) if load.pretrain.batch % n == 0]
+    whole = [n for n in divisors if n * load.workers >= load.pretrain.batch]
+    return _largest(load, room, whole) or _largest(load, room, divisors[: len(divisors) - len(whole)])
+
+
+def _largest(load: Workload, room: int, divisors: Sequence[int]) -> int:
     low, high = 0, len(divisors)
     while low < high:
         middle = (low + high) // 2
@@ -127,9 +131,10 @@ def has_auto(p: Pretrain | None) -> bool:
     return p is not None and AUTO in (p.micro_batch, p.zero.stage)
 
 
-def settle(config: Config, facts: Facts, workers: int, kept: int | None = None) -> Config:
+def settle(config: Config, facts: Facts, workers: int, kept: int | None = None, device: Device | None = None) -> Config:
     """`config` with numbers where it says `auto`: the smallest stage at which some micro-batch fits, and there the largest that does.
-    `kept`: the micro-batch of the run that goes on, which stays, for what is computed depends on it.
+    `kept`: the micro-batch of the run that goes on, which stays, for what is computed depends on it (where it does not divide the batch,
+    this is another batch than the run's, which `claim_run` refuses). `device`: what it is to fit into; by default what the config says.
 
     Raises:
         ConfigError: the device's memory is not known; nothing fits.
@@ -137,7 +142,8 @@ def settle(config: Config, facts: Facts, workers: int, kept: int | None = None) 
     p = config.pretrain
     if p is None or not has_auto(p):
         return config
-    device = find_device(config.cluster, workers)
+    device = device or find_device(config.cluster, workers)
+    kept = kept if kept and p.batch % kept == 0 else None
     key = "pretrain.micro_batch" if p.micro_batch == AUTO else "pretrain.zero.stage"
     if (p.zero.stage == AUTO or not kept) and (device.is_assumed or not device.memory):
         raise ConfigError(f"{key}: 'auto' needs to know the device's memory; say cluster.device, such as h100, or give a number")

@@ -35,30 +35,6 @@ class Memory:
     def peak_at(self) -> str:
         return max(self.moments, key=lambda name: self.moments[name])
 
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host.values())
-
-    @property
-    def parameters(self) -> int:
-        return self.items["parameters"]
-
-    @property
-    def gradients(self) -> int:
-        return self.items["gradients"]
-
-    @property
-    def optimizer(self) -> int:
-        return self.items["optimizer"]
-
-    @property
-    def activations(self) -> int:
-        return self.items["activations"]
-
-    @property
-    def total(self) -> int:
-        return self.peak
-
 
 def memory_of(s: Setup) -> Memory:
     """Raises nothing: what does not fit anywhere is a number too."""

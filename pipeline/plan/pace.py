@@ -58,7 +58,7 @@ def pace_of(load: Workload, device: Device, traffic: Traffic, measured: Measured
         compute = load.rounds * p.micro_batch * work_of(load) / (peak * device.efficiency)
     update = measured.update if measured else _update(load, device)
     wire = device.link if load.workers <= device.per_node else min(device.link, device.network)
-    sending = traffic.total / wire
+    sending = (traffic.total - traffic.near) / wire + traffic.near / device.link
     hidden = min(_OVERLAPPED * sending, compute) if load.stage == 3 else 0.0
     decode = load.rounds * p.micro_batch / (DECODED * max(1, p.loader.workers))
     step = max(compute + (sending - hidden) + update, decode)

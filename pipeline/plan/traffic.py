@@ -6,7 +6,9 @@ rank keeps its part: twice the bytes (measured on 2, 3 and 4 ranks, torch 2.13).
 
 What DeepSpeed 0.19.8 does of ZeRO's book: stages 1 and 2 sum gradients with an all-reduce, not a reduce-scatter, for
 `use_multi_rank_bucket_allreduce` is its default; stage 2 does so after every micro-batch. Stage 3 gathers parameters and scatters
-gradients at each micro-batch; a model of fewer than `MAX_LIVE` parameters has them still in the backward pass, a larger one gathers again.
+gradients at each micro-batch, a loss of all pairs twice where it embeds twice; a model of fewer than `MAX_LIVE` parameters has them still
+in the backward pass, a larger one gathers again: with hierarchical partitioning (ZeRO++, arXiv 2306.10209, section 3.2) from
+its neighbours.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class Traffic:
     reduce_scatter: int = 0
     all_gather: int = 0
     features: int = 0
+    near: int = 0  # of the gathers, those between the neighbours of hierarchical partitioning (ZeRO++), within a node
 
     @property
     def total(self) -> int:
@@ -43,15 +46,12 @@ def traffic_of(load: Workload) -> Traffic:
         reductions = load.rounds if stage == 2 else 1
         gathered = ring * size if stage else 0
         return Traffic(all_reduce=round(2 * ring * size * reductions), all_gather=round(gathered), features=round(features))
+    forward = 2 if load.has_first_pass else 1
+    backward = size * load.rounds if load.tensors.parameters > MAX_LIVE else 0  # what could not stay is gathered again
+    near = (load.hpz - 1) / load.hpz * backward
     return Traffic(
         reduce_scatter=round((2 if load.on_cpu else 1) * ring * size * load.rounds),
-        all_gather=round(ring * size * load.rounds * gathers(load)),
+        all_gather=round(ring * size * load.rounds * forward + (near if load.hpz > 1 else ring * backward)),
         features=round(features),
+        near=round(near),
     )
-
-
-def gathers(load: Workload) -> float:
-    """How often a micro-batch gathers all parameters: for the forward pass, of a loss of all pairs twice where it embeds twice; and for
-    the backward pass those that could not stay."""
-    forward = 2 if load.has_first_pass else 1
-    return forward + (1 if load.tensors.parameters > MAX_LIVE else 0)

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from pipeline.train.layout import Layout, alone, rectangles
 
+_BLOCK = 1024  # numbers
 _LEAST = 1e-30  # Adafactor's epsilon 1 (arXiv 1804.04235, section 6): what is added to squares
 
 
@@ -248,6 +250,12 @@ class _Moment:
     def estimate(self, part: Any, columns: int, out: torch.Tensor) -> None:
         """Write rows x columns / their mean (algorithm 4, line 6) to where `part` lies in `out`."""
         assert self.rows is not None and self.columns is not None, "factored"
-        rows = self.rows / self.rows.mean()
+        rows = self.rows / _mean(self.rows)
         for row, column, view in rectangles(part, columns, out):
             torch.outer(rows[row : row + view.shape[0]], self.columns[column : column + view.shape[1]], out=view)
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Rounded alike by any number of threads, among which torch shares a sum of more than 32,768 numbers."""
+    blocks = F.pad(values, (0, -values.numel() % _BLOCK)).view(-1, _BLOCK)
+    return blocks.sum(dim=1).sum() / values.numel()

@@ -2,9 +2,9 @@
 
 Taken inside the optimiser's own step, where each rank has its parts of the fp32 weights and the gradients that they are stepped with
 (averaged, unscaled, clipped): before it the weights are copied, after it they are compared. Sums of squares over the parts of all ranks,
-added up by one all-reduce, are those of whole tensors. Only steps that are watched cost anything: about as long as two reads and a write
-of the rank's fp32 weights take, and as much memory, for the time of the step, as the weights that are stepped at once (at stage 3 a
-sub-group, below that a group of the optimiser; at stage 0 a share of all).
+added up by one all-reduce, are those of whole tensors. Only steps that are watched (of the rows, one in ten steps) cost anything: as long
+as some reads and two writes of the rank's fp32 weights take, and as much memory, for the time of the step, as the weights that are stepped
+at once (at stage 3 a sub-group, below that a group of the optimiser; at stage 0 a share of all).
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ from pipeline.checkpoint.ledger import Ledger
 from pipeline.checkpoint.model import open_model
 from pipeline.checkpoint.requests import Requests
 from pipeline.checkpoint.retain import retention_of
-from pipeline.checkpoint.run import kept_micro_batch
+from pipeline.checkpoint.run import kept_micro_batch, run_directory
 from pipeline.checkpoint.save import Saver
 from pipeline.config import Config, load_config
+from pipeline.config.data import Data
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, OutOfMemory, Preempted, TesseraError
 from pipeline.core.progress import say
@@ -34,21 +35,24 @@ from pipeline.models import Model, build
 from pipeline.models.options import Options
 from pipeline.objectives import Facts, build_objective
 from pipeline.plan import make_plan
-from pipeline.plan.devices import host_memory
+from pipeline.plan.devices import host_memory, this_machine
 from pipeline.plan.fit import explain_out_of_memory, has_auto, is_out_of_memory, settle
 from pipeline.stream import Collection, open_collection, open_dataset, open_stream
 from pipeline.train.communication import watching
 from pipeline.train.heap import stay_outside
-from pipeline.train.inputs import Prepared, check_captions, needs, open_inputs, options_of, planned_facts, prepare_inputs
+from pipeline.train.inputs import Prepared, check_captions, named_inputs, needs, open_inputs, options_of, planned_facts, prepare_inputs
 from pipeline.train.keeper import Regroup, Signals
 from pipeline.train.loop import train
 from pipeline.train.optim import build_optimizer
+from pipeline.train.preflight import check_pretrain
 from pipeline.train.recorder import Recorder
 from pipeline.train.saving import fragments, on_main, restore, restore_from
 from pipeline.train.scores import open_scores
 from pipeline.train.validate import HeldOut
 from pipeline.train.watch import Watch
-from pipeline.train.zero import Engine, check_precision, join_group
+from pipeline.train.zero import Engine, check_deepspeed, check_precision, join_group
+
+_NO_SECTION = "pretrain: is missing, and this is the training worker"
 
 
 def run_worker(run: Run, world: World, tracker: Tracker | None, signals: Signals) -> tuple[dict[str, float], bool]:
@@ -148,7 +152,7 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
 
 def _pretrain(run: Run) -> Pretrain:
     if run.config.pretrain is None:
-        raise ConfigError("pretrain: is missing, and this is the training worker")
+        raise ConfigError(_NO_SECTION)
     return run.config.pretrain
 
 
@@ -210,10 +214,25 @@ def settled(config: Config, world: World) -> Config:
     join_group(world)
 
     def choose() -> Config:
-        data = open_collection(config.data or [], p.split, config.storage.endpoint, block=p.loader.block, cache=p.loader.cache)
-        return settle(config, planned_facts(p, len(data.classes)), world.size, kept_micro_batch(config))
+        run, endpoint = run_directory(config), config.storage.endpoint
+        own = config.data or [Data(url=(run / "shards").url)]
+        classes = len(open_collection(own, p.split, endpoint, block=p.loader.block, cache=p.loader.cache).classes)
+        facts = named_inputs(p, endpoint, run).facts(classes, planned_facts(p, classes))
+        own_device = None if config.cluster.device else this_machine(int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+        return settle(config, facts, world.size, kept_micro_batch(config), own_device)
 
     return on_main(world, choose)
+
+
+def prepared(config: Config, world: World) -> Config:
+    """As `settled`. Raises ConfigError, as `launch/submit.py` would, for what a worker would only meet as it starts, or never."""
+    if config.pretrain is None:
+        raise ConfigError(_NO_SECTION)
+    check_pretrain(config.pretrain, has_many=len(config.data or []) > 1)
+    config = settled(config, world)
+    assert config.pretrain is not None, "it was there"
+    check_deepspeed(config.pretrain)
+    return config
 
 
 @click.command()
@@ -227,7 +246,7 @@ def main(config: str, overrides: tuple[str, ...]) -> None:
     signals = Signals()
     try:
         # Every rank claims the run: whoever is first makes it, the others find the same.
-        run = claim_run(settled(load_config(config, list(overrides)), world))
+        run = claim_run(prepared(load_config(config, list(overrides)), world))
         if world.is_main:
             parent, tracker = run.tracker(), stage_tracker(run)
         with signals.listening():

@@ -339,3 +339,5 @@ class Engine:
                 sums = torch.cat([buffer.float().flatten(), torch.ones(1, device=buffer.device)]) * has_samples
                 dist.all_reduce(sums)
                 buffer.copy_((sums[:-1] / sums[-1]).view(buffer.shape))
+        for buffer, kept in self._statistics:
+            kept.copy_(buffer)

@@ -33,6 +33,27 @@ def config_of(name: str, **changes: Any) -> Config:
     return parse_config({"name": "t", "storage": "runs", "data": "/d", "pretrain": section, "cluster": {"device": "h100"}})
 
 
+def blocks(depth: int, tokens: int, width: int) -> int:
+    """Multiply-adds of Transformer blocks (arXiv 1706.03762): four projections and an MLP of four times the width; logits, all of them even
+    where attention is causal, and what they weigh."""
+    return depth * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+
+# Forward, by hand; and what is without a gradient by its input: the embedding of patches.
+BY_HAND = {
+    "vit": (blocks(6, 65, 192) + 64 * 8 * 8 * 3 * 192 + 192 * 10, 64 * 8 * 8 * 3 * 192),
+    "igpt": (blocks(3, 144, 96) + 144 * 96 * 64, 0),
+    "clip": (blocks(6, 37, 192) + 36 * 8 * 8 * 3 * 192 + 192 * 64 + blocks(4, 16, 128) + 128 * 64, 36 * 8 * 8 * 3 * 192),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_as_one_counts_by_hand(name: str) -> None:
+    """Two a multiply-add, backward twice the forward but for the gradient by the pixels."""
+    forward, first = BY_HAND[name]
+    assert make_plan(config_of(name), 100, FACTS, 1).flops_a_sample == pytest.approx(2 * (3 * forward - first), rel=0.01)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_as_torch_counts_them(name: str) -> None:
     """Of a whole micro-batch in training, on real tensors, with the plain formula of attention: the counter takes a fused kernel's backward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -163,6 +164,44 @@ def test_auto_takes_the_smallest_stage_and_the_largest_micro_batch() -> None:
     assert settle(settled, FACTS, 1) is settled
     with pytest.raises(ConfigError, match=r"'auto' needs to know the device's memory; say cluster.device"):
         settle(parse_config({**asked.model_dump(mode="json", by_alias=True), "cluster": {"gpus": 8}}), FACTS, 8)
+
+
+def test_auto_finds_the_micro_batch_that_needs_no_sums_of_gradients() -> None:
+    """A worker's whole share at once may take less than half of it twice."""
+    wide = {**VIT, "width": 2048, "depth": 4, "heads": 16}
+    section = {"model": wide, "batch": 64, "precision": "fp32", "zero": {"stage": 1}}
+    peaks = {n: plan(8, micro_batch=n, **section).peak for n in (1, 2, 4, 8)}
+    assert peaks[8] < peaks[1] < peaks[4], peaks
+    device = {**SMALL_GPU, "memory": math.ceil((peaks[8] + peaks[1]) / 2 / 0.95)}
+    settled = settle(config(device, micro_batch="auto", **section), FACTS, 8)
+    assert settled.pretrain is not None and settled.pretrain.micro_batch == 8
+
+
+def test_a_micro_batch_that_does_not_divide_another_batch_is_left_to_the_claim() -> None:
+    settled = settle(config(SMALL_GPU, batch=96, micro_batch="auto", zero="auto"), FACTS, 1, kept=64)
+    assert settled.pretrain is not None and 96 % settled.pretrain.micro_batch == 0
+
+
+def test_where_nothing_else_fits_it_takes_more_workers() -> None:
+    """On a CPU nothing can be offloaded."""
+    wide = {**VIT, "width": 1024, "depth": 4, "heads": 16}
+    section = {"model": wide, "batch": 64, "recompute": True, "zero": {"stage": 3}, "precision": "fp32"}
+    p = plan(8, device="cpu", micro_batch=1, **section)
+    change = smallest_change(p.load, round(p.peak * 0.95))
+    assert change is not None and change["cluster.workers"] > 8 and "cluster.gpus" not in change
+
+
+@pytest.mark.parametrize("parameters", [0.9e9, 1.1e9])
+def test_neighbours_gather_for_the_backward_pass(parameters: float) -> None:
+    """With hierarchical partitioning, of a model that is too large to stay whole from the forward pass on."""
+    width = round((parameters / 24 / 12) ** 0.5 / 64) * 64
+    section = {"model": {**VIT, "width": width, "depth": 24, "heads": 16}, "batch": 128, "micro_batch": 1, "recompute": True}
+    near, far = (plan(64, **section, zero={"stage": 3, "hpz": hpz}) for hpz in (8, 1))
+    size = near.load.width * near.load.tensors.parameters * near.load.rounds
+    is_large = near.load.tensors.parameters > 1e9
+    assert near.traffic.near == (round(7 / 8 * size) if is_large else 0) and far.traffic.near == 0
+    assert (near.traffic.total < far.traffic.total) == is_large
+    assert (near.pace.communication + near.pace.step < far.pace.communication + far.pace.step) == is_large
 
 
 def test_auto_is_a_word_of_the_config() -> None:

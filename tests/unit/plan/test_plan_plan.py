@@ -51,17 +51,17 @@ def test_parameters_and_flops() -> None:
 
 def test_memory_in_fp32() -> None:
     m, n = plan().memory, plan().parameters
-    assert (m.parameters, m.gradients, m.optimizer) == (4 * n, 4 * n, 8 * n)
-    assert plan(optimizer={"name": "sgd"}).memory.optimizer == 4 * n
-    assert plan(micro_batch=20).memory.activations == pytest.approx(2 * m.activations, rel=0.03)
+    assert (m.items["parameters"], m.items["gradients"], m.items["optimizer"]) == (4 * n, 4 * n, 8 * n)
+    assert plan(optimizer={"name": "sgd"}).memory.items["optimizer"] == 4 * n
+    assert plan(micro_batch=20).memory.items["activations"] == pytest.approx(2 * m.items["activations"], rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_memory_in_16_bits(precision: str) -> None:
     m, n = plan(precision=precision).memory, plan().parameters
     at = plan(precision=precision).load
-    assert (m.at_peak["parameters"], m.optimizer) == (2 * n, 12 * n)
-    assert m.activations == pytest.approx(10 * 34 * 5 * 16 * 2, rel=0.25) and at.stage == 1
+    assert (m.at_peak["parameters"], m.items["optimizer"]) == (2 * n, 12 * n)
+    assert m.items["activations"] == pytest.approx(10 * 34 * 5 * 16 * 2, rel=0.25) and at.stage == 1
 
 
 @pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 8)), (1, (1, 1, 8)), (2, (1, 8, 8)), (3, (8, 8, 8))])

@@ -1,7 +1,7 @@
 """Trains several configs one after the other in one process group: `torchrun .. drive.py JOBS.json RESULTS.json`.
 
-A job is {config, overrides, and by_rank: further ones of a rank, by its number}; its result is {error, beats}: the name and text of what was raised, or null; and how often rank 0 told its watcher that
-it begins something of validation, where it has one.
+A job is {config, overrides, and by_rank: further ones of a rank, by its number}; its result is {error, beats}: the name and text of what was
+raised, or null; and how often rank 0 told its watcher that it begins something of validation, where it has one.
 """
 
 from __future__ import annotations

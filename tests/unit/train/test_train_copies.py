@@ -65,7 +65,10 @@ def test_it_ends_a_run_and_nothing_of_it_is_saved(shop: Workshop) -> None:
     chosen = [
         shop.job("auto", *auto) | {"by_rank": {0: [large], 1: [small]}},
         shop.job("none", *auto) | {"by_rank": {0: [small], 1: [large]}},
+        shop.job("own", *auto, "cluster.name=ray", "data=null", f"shard.source.url={shop.root / 'data'}"),
     ]
+    (shop.root / "runs" / "own").mkdir(parents=True)
+    (shop.root / "runs" / "own" / "shards").symlink_to(shop.root / "data")  # as the run's own, made before
     errors = shop.train(2, [job("soon", "1 step"), job("at-a-save", "1000 steps"), job("unseen", "null"), slow, *chosen])
     for name, error in zip(("soon", "at-a-save"), errors[:2], strict=True):
         assert error is not None and error[0] == "InfrastructureError" and "which are right cannot be told" in error[1]
@@ -78,6 +81,7 @@ def test_it_ends_a_run_and_nothing_of_it_is_saved(shop: Workshop) -> None:
     # And: what `auto` means is rank 0's to say, and that it finds nothing.
     section = yaml.safe_load(shop.directory("auto").read("run.yaml"))["config"]["pretrain"]
     assert (section["micro_batch"], section["zero"]["stage"]) == (10, 0)
+    assert errors[6] is None, "of shards that the run made"
     assert errors[5] is not None and "pretrain.micro_batch: 'auto' finds nothing that fits into 100.0 MiB (cpu)" in errors[5][1]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.train.layout import Layout, Slice, Whole, rectangles
-from pipeline.train.optimizers import Adafactor, StableAdamW
+from pipeline.train.optimizers import Adafactor, StableAdamW, _mean
 from pipeline.train.state import _new_state
 
 LR, DECAY = 0.1, 0.2
@@ -114,6 +114,19 @@ def test_an_empty_row_and_column_are_left_alone() -> None:
     gradient[3], gradient[:, 5] = 0, 0
     after = run(Adafactor([parameter], lr=LR, betas=(0.0, 0.9)), parameter, [gradient] * 3)
     assert np.isfinite(after).all() and (after[3] == 2).all() and (after[:, 5] == 2).all() and (after[4, 6:] != 2).all()
+
+
+def test_a_mean_is_the_same_by_any_number_of_threads() -> None:
+    values = torch.rand(49_408, generator=torch.Generator().manual_seed(0))  # the rows of CLIP's embedding of tokens
+    threads = torch.get_num_threads()
+    plain, ours = set(), set()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        plain.add(float(values.mean()))
+        ours.add(float(_mean(values)))
+    torch.set_num_threads(threads)
+    assert len(plain) > 1 and len(ours) == 1, "torch's own differs"
+    assert ours.pop() == pytest.approx(float(values.double().mean()), rel=1e-6)
 
 
 def test_the_engine_makes_the_state_that_the_optimizer_would() -> None:

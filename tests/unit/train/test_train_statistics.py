@@ -26,7 +26,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
     make_dataset(Storage(str(root / "data")), {"train": 50, "test": 11})
     shop = Workshop(root)
     alone = [shop.job(f"for-{n}", CONSTANT, NOW_AND_THEN, RARELY, f"pretrain.duration={n} steps") for n in (3, 4)]
-    assert not any(shop.train(1, [*alone, shop.job("none", CONSTANT)]))
+    assert not any(shop.train(1, [*alone, shop.job("none", CONSTANT, "pretrain.duration=12 steps")]))
     half = "pretrain.precision=bf16"
     pair = [
         shop.job(f"stage{n}", CONSTANT, NOW_AND_THEN, RARELY, f"pretrain.zero.stage={n}", "pretrain.duration=4 steps") for n in range(4)
@@ -69,7 +69,8 @@ def test_they_are_told_when_asked_for(shop: Workshop) -> None:
     assert [row["step"] for row in shop.rows("half") if "train/loss" in row] == [1, 4, STEPS]
     assert any(k.startswith(LAYERS) for k in told(shop, "half", 4)) and not any(k.startswith(LAYERS) for k in told(shop, "half", STEPS))
     rows = [row for row in read_history(shop.directory("none")) if "train/loss" in row]
-    assert all(row["train/update_ratio"] > 0 for row in rows) and not any(k.startswith(LAYERS) for row in rows for k in row)
+    assert len(rows) == 12 and not any(k.startswith(LAYERS) for row in rows for k in row)
+    assert [row["step"] for row in rows if row.get("train/update_ratio", 0) > 0] == [1, 10, 12], "of the first row in ten steps"
     assert told(shop, "half", 4)["train/update_ratio"] == pytest.approx(told(shop, "for-4", 4)["train/update_ratio"], rel=0.1)
 
 

@@ -49,7 +49,7 @@ def made(world: World, name: str, options: dict[str, Any], **pretrain: Any) -> E
 
 
 def statistics(world: World) -> list[list[float]]:
-    """A running mean: at first, after a step, in a bad one, and after it."""
+    """A running mean: at first, after a step and all ranks' agreement on it, in a bad one, and after it."""
     engine = made(world, "resnet", {"depths": [1, 1, 1, 1], "width": 8, "pixels": 32}, precision="fp32")
     mean = dict(engine.model.named_buffers())["bn1.running_mean"]
     found = [mean.tolist()]
@@ -59,6 +59,8 @@ def statistics(world: World) -> list[list[float]]:
         found += [mean.tolist()] if factor != 1 else []
         engine.backward(loss)
         engine.step()
+        if factor == 1:
+            engine.agree_on_buffers(True)
         found.append(mean.tolist())
     assert engine.is_left_out
     return found
