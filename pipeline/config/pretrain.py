@@ -304,8 +304,10 @@ class Guard(Section):
     hang: Time | None = Field(
         units.Duration(90, "second"),
         description="a rank whose process does not run for so long has hung: after half of it all stacks are written, after it the run "
-        "ends with exit code 33; one that runs and gets no further has four times as long in a step, and longer for input; null: nobody "
-        "watches. Starting ends after ten minutes without all workers, and saving after pretrain.save.patience",
+        "ends with exit code 33; one that runs and begins nothing new has four times as long in a step, 15 minutes more for input, 30 more "
+        "in validation, and for each thing up to the end of a job's first step, which may compile, ten times as long and 15 minutes more; "
+        "null: nobody watches. A start ends where workers have not joined the others after ten minutes, and saving after "
+        "pretrain.save.patience",
     )
     lag: Annotated[float, Field(gt=1)] | None = Field(
         1.5,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+JOINED = timedelta(minutes=10)  # that ranks may start after each other; torch would wait for half an hour
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from pipeline.core.errors import (
     find_error,
 )
 from pipeline.core.progress import emit, say, set_sink
-from pipeline.core.world import World
+from pipeline.core.world import JOINED, World
 from pipeline.train.keeper import Signals
 from pipeline.train.relay import Relay
 
@@ -88,7 +88,7 @@ def train_group(run: Run, workers: int, use_gpu: bool, signals: Signals, has_roo
                     num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
                 ),
                 run_config=RunConfig(name=run.id, storage_path=scratch, failure_config=_NO_RETRIES),
-                torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+                torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(JOINED.total_seconds())),
             ).fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as e:
         if (told := ray.get(relay.error.remote())) is not None:

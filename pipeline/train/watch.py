@@ -1,6 +1,6 @@
 """A rank's own part in finding out who hangs and who lags: it leaves signs of life where a process beside it sees them (`watcher.py`).
 
-    the training thread   `beat` at each thing that it begins: waiting for input, a step, validation, saving
+    the training thread   `beat` at each thing that it begins: a part of the start, waiting for input, a step, validation, saving
     a thread              that the process runs at all; and ends it with exit code 33 where the watchers have decided so
 
 The signs lie in memory that both processes have, so that leaving one costs a microsecond, and a rank that is stopped is seen from outside.
@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING
 from pipeline.core.errors import ExitCode
 from pipeline.core.progress import say
 from pipeline.core.world import World
-from pipeline.train.watcher import INPUT, SAVING, SIZE, STARTING, STEP, VALIDATING, Signs
+from pipeline.train.hub import INPUT, SAVING, STARTING, STEP, VALIDATING
+from pipeline.train.watcher import SIZE, Signs
 
 if TYPE_CHECKING:
     from pipeline.checkpoint import Run
     from pipeline.stream.batches import MicroBatch
 
-__all__ = ["INPUT", "SAVING", "STEP", "VALIDATING", "Lag", "Watch", "beat", "watched"]
+__all__ = ["INPUT", "SAVING", "STARTING", "STEP", "VALIDATING", "Lag", "Watch", "beat", "watched"]
 
 _LOOK_EVERY = 0.5  # seconds
 _LAST_WORDS = 1.0  # seconds that a message may take to whoever shows it
@@ -46,7 +47,7 @@ _is_warm = False  # whether a step has been made: the first ones may compile for
 
 
 def beat(phase: int, step: int | None = None) -> None:
-    """The training thread begins something of this kind; `step` optimiser steps are done."""
+    """The training thread begins something of this kind; `step` optimiser steps are done. Until one is, all of it is starting."""
     global _is_warm
     if _signs is not None:
         _is_warm = _is_warm or step is not None

@@ -2,10 +2,9 @@
 
     rank ──signs of life──▶ its watcher ──reports──▶ the watcher of rank 0 ──who hangs──▶ all watchers ──stacks, then the end──▶ ranks
 
-A rank has hung where its process does not run (it was stopped, or is stuck in the kernel), for `hang` seconds; or where it has begun
-nothing new for as long as the kind of thing allows. Of several that wait, the one that is furthest behind is the one the others wait for.
-After half of the time each watcher writes its rank's stacks, to standard error and to `stacks/` in the run's directory; after all of it
-the ranks end with exit code 33, and whoever started them may start them again, from the last checkpoint.
+Who hangs, and after how long, is said in `hub.py`. After half of the time each watcher writes its rank's stacks, to standard error and to
+`stacks/` in the run's directory; after all of it the ranks end with exit code 33, and whoever started them may start them again, from the
+last checkpoint.
 
 It imports little but the standard library until there are stacks to keep, so that it takes ten megabytes and starts at once.
 """
@@ -13,27 +12,21 @@ It imports little but the standard library until there are stacks to keep, so th
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import signal
-import socket
 import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from collections.abc import Mapping
+from dataclasses import asdict
+from multiprocessing.connection import Connection
 from typing import Any
 
+from pipeline.train.hub import DOING, Hub, Report, Verdict, connect
 from pipeline.train.stacks import kernel_stacks, process_state, python_stacks
 
-STARTING, INPUT, STEP, VALIDATING, SAVING = range(5)
-_DOING = ("starting", "waiting for input", "in a training step", "validating", "saving")
-# How long one thing may take, in multiples of `hang` and in seconds beside: a store may be asked for long, a step may compile once more.
-_LIMITS = {STARTING: (math.inf, 0.0), INPUT: (1, 900.0), STEP: (4, 0.0), VALIDATING: (1, 1800.0), SAVING: (math.inf, 0.0)}
 _LAYOUT = struct.Struct(
     "<qqqddqq"
 )  # things begun, steps done, phase, when it was begun, when the process ran; whether to end, bytes of text
@@ -72,120 +65,6 @@ class Signs:
         return bool(is_end), self._memory[_LAYOUT.size : _LAYOUT.size + length].decode(errors="ignore")
 
 
-@dataclass(frozen=True)
-class Report:
-    """Of one rank: `counter` things begun, `step` done, `phase`; `idle` seconds since the last was begun; `mute` seconds for which its
-    process has not run; its `state` as the kernel has it; `pid` on `host`."""
-
-    rank: int
-    counter: int
-    step: int
-    phase: int
-    idle: float
-    mute: float
-    state: str
-    pid: int
-    host: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Which ranks hang, `text` says so, `speaker` is the rank that tells people; `is_end`: it is time to end."""
-
-    ranks: list[int] = field(default_factory=list)
-    text: str = ""
-    speaker: int = -1
-    is_end: bool = False
-
-
-def judge(reports: Sequence[Report], hang: float, part: float = 1.0) -> tuple[list[Report], str]:
-    """Those that hang, and what they do, in a clause; nobody where none has for `part` of the time that it may."""
-    stopped = [r for r in reports if r.mute > part * hang and (r.phase != STARTING or r.state == "T")]
-    if stopped:
-        of = {"T": "is stopped", "D": "is stuck in the kernel", "Z": "is dead"}.get(stopped[0].state, "does not run")
-        return stopped, f"{of} and has not run for {stopped[0].mute:.0f} s"
-    if not reports:
-        return [], ""
-    least = min(r.counter for r in reports)
-    behind = [r for r in reports if r.counter == least]
-    times, beside = _LIMITS[behind[0].phase]
-    if all(r.idle > part * (times * hang + beside) for r in behind):
-        return behind, f"has got no further for {behind[0].idle:.0f} s, {_DOING[behind[0].phase]}"
-    return [], ""
-
-
-class Hub:
-    """At the watcher of rank 0: takes reports and gives the verdict."""
-
-    def __init__(self, size: int, hang: float, address: tuple[str, int], key: bytes) -> None:
-        self.size, self.hang = size, hang
-        self._reports: dict[int, Report] = {}
-        self._verdict = Verdict()
-        self._lock = threading.Lock()
-        self._listener = _listen(address[1], min(size, 4096), key)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                threading.Thread(target=self._serve, args=(self._listener.accept(),), daemon=True).start()
-            except Exception:  # noqa: BLE001  a stranger, without the key or gone again
-                time.sleep(0.1)
-
-    def _serve(self, connection: Connection) -> None:
-        try:
-            while True:
-                report = Report(**json.loads(connection.recv_bytes()))
-                connection.send_bytes(json.dumps(asdict(self.take(report))).encode())
-        except (EOFError, OSError):
-            return  # its rank has ended
-
-    def take(self, report: Report) -> Verdict:
-        with self._lock:
-            self._reports[report.rank] = report
-            if len(self._reports) == self.size and not self._verdict.is_end:
-                self._decide()
-            return self._verdict
-
-    def _decide(self) -> None:
-        reports = list(self._reports.values())
-        for part, is_end in ((1.0, True), (0.5, False)):
-            hung, what = judge(reports, self.hang, part)
-            if hung:
-                named = f"rank{'s' * (len(hung) > 1)} {', '.join(str(r.rank) for r in hung[:8])}{' ..' if len(hung) > 8 else ''}"
-                where = f"{named} ({hung[0].host}, process {hung[0].pid}) {what}"
-                text = (
-                    f"error: pretrain: {where}: the run ends; the same command goes on from the last checkpoint"
-                    if is_end
-                    else f"warning: pretrain: {where}, and all others wait; the stacks of all ranks are written to stacks/ of the run"
-                )
-                ranks = [r.rank for r in hung]
-                speaker = min({r.rank for r in reports if r.mute < 5} - (set(ranks) if len(ranks) < len(reports) else set()), default=-1)
-                if is_end or self._verdict.ranks != ranks:
-                    self._verdict = Verdict(ranks, text, speaker, is_end)
-                return
-        self._verdict = Verdict()
-
-
-def _listen(port: int, backlog: int, key: bytes) -> Listener:
-    """On all addresses of this machine, those of IPv6 among them where it has any."""
-    try:
-        return Listener(("::", port), family="AF_INET6", backlog=backlog, authkey=key)
-    except OSError:
-        return Listener(("", port), backlog=backlog, authkey=key)
-
-
-def connect(address: tuple[str, int], key: bytes) -> Connection:
-    """To the hub, as multiprocessing's `Client`, which knows no IPv6. Raises OSError, EOFError."""
-    line = Connection(socket.create_connection(address).detach())
-    try:
-        answer_challenge(line, key)
-        deliver_challenge(line, key)
-    except AuthenticationError as e:
-        raise OSError(f"{address[0]}:{address[1]} is not our hub ({e})") from e
-    return line
-
-
 class Watcher:
     """Of one rank; `about` is what that told it."""
 
@@ -220,7 +99,7 @@ class Watcher:
     def _stacks(self, verdict: Verdict, report: Report) -> str:
         """What this rank does, as text; Python's own where it runs, read from outside where it does not."""
         who = f"rank {self.rank} of {self.about['size']}, process {self.pid} on {report.host}"
-        head = f"{who}: {_DOING[report.phase]} after step {report.step}"
+        head = f"{who}: {DOING[report.phase]} after step {report.step}"
         found = [f"{head}; {'hangs' if self.rank in verdict.ranks else 'waits'} ({verdict.text.partition(': pretrain: ')[2]})"]
         size = os.fstat(self.about["stacks"]).st_size
         if report.mute < 2 * _TICK:
@@ -259,7 +138,7 @@ def main() -> None:
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
     watcher, address, key = Watcher(about), (about["address"][0], int(about["address"][1])), bytes.fromhex(about["key"])
     try:
-        hub = Hub(about["size"], about["hang"], address, key) if watcher.rank == 0 else None
+        hub = Hub(about["size"], about["hang"], address[1], key) if watcher.rank == 0 else None
     except OSError as e:
         watcher.signs.tell(
             f"warning: pretrain.guard.hang: nobody watches for ranks that hang, port {address[1]} cannot be had ({e})", False
@@ -271,6 +150,8 @@ def main() -> None:
         try:
             if hub is not None:
                 verdict = hub.take(report)
+                if text := hub.absent():
+                    watcher.signs.tell(text, False)
             else:
                 line = line or connect(address, key)
                 line.send_bytes(json.dumps(asdict(report)).encode())

@@ -49,7 +49,7 @@ from pipeline.train.recorder import Recorder
 from pipeline.train.saving import fragments, on_main, restore, restore_from
 from pipeline.train.scores import open_scores
 from pipeline.train.validate import HeldOut
-from pipeline.train.watch import Watch
+from pipeline.train.watch import SAVING, STARTING, Watch, beat
 from pipeline.train.zero import Engine, check_deepspeed, check_precision, join_group
 
 _NO_SECTION = "pretrain: is missing, and this is the training worker"
@@ -83,10 +83,17 @@ def _out_of_memory(run: Run, world: World) -> OutOfMemory:
 
 def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledger: Ledger) -> tuple[dict[str, float], bool]:
     began = time.perf_counter()
-    config = run.config
     p = _pretrain(run)
     check_precision(p.precision)
     join_group(world)
+    with Watch(run, world, p.guard.hang.seconds if p.guard.hang else None):
+        return _run_watched(run, world, tracker, signals, ledger, began)
+
+
+def _run_watched(
+    run: Run, world: World, tracker: Tracker | None, signals: Signals, ledger: Ledger, began: float
+) -> tuple[dict[str, float], bool]:
+    config, p = run.config, _pretrain(run)
     endpoint = config.storage.endpoint
     data = open_collection(run.data, p.split, endpoint, block=p.loader.block, cache=p.loader.cache)
     held_out = _open_held_out(p, run.dataset_url, endpoint)
@@ -99,13 +106,16 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
     ledger.open(lease.generation)
     had_any = bool(lease.base)
     options = options_of(p, len(data.classes), prepared)
+    beat(STARTING)  # a part of it: of ranks in different ones, the others wait for the one that is furthest behind
     model = _start_model(run, options, had_any, tracker).to(world.device)
     stream = open_stream(
         data, global_batch=p.batch, micro_batch=p.micro_batch, rank=world.rank, world_size=world.size, workers=p.loader.workers,
         seed=config.seed, image=p.image, bad=p.loader.bad,
         tokenizer=prepared.tokenizer, text_length=prepared.context,
     )  # fmt: skip
+    beat(STARTING)
     engine = Engine(model, build_optimizer(model, p.optimizer), p, stream.rounds, world)
+    beat(STARTING)
     state = restore(engine, checkpoints, stream.view, world)
     origin = state.commit.generation if state else None
     if state is None and p.start and p.start.load == "all":
@@ -113,6 +123,7 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
     first = state.commit.step if state else 0
     if state:
         stream.resume(state.loader)
+    beat(STARTING)
     card = ModelCard(
         model=p.model.name,
         options=options.model_dump(mode="json"),
@@ -138,12 +149,12 @@ def _run(run: Run, world: World, tracker: Tracker | None, signals: Signals, ledg
                 beside.enter_context(hooks.progress)
                 beside.enter_context(Requests(run.directory, signals.events))
             beside.enter_context(watching(hooks.clock))
-            beside.enter_context(Watch(run, world, p.guard.hang.seconds if p.guard.hang else None))
             train(engine, objective, stream, held_out, p, plan, config.seed, world, first, hooks)
             hooks.finish()
     except Regroup:
         is_finished = False
     finally:
+        beat(SAVING)
         saver.close()
     saving = hooks.keeper.stalled
     whole = time.perf_counter() - ready

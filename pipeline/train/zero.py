@@ -23,7 +23,7 @@ from torch.distributed.constants import default_pg_timeout
 from pipeline.checkpoint.fragments import Fragment
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import ConfigError, InfrastructureError, choose
-from pipeline.core.world import World
+from pipeline.core.world import JOINED, World
 from pipeline.models import Model
 from pipeline.models.blockwise import compile_blocks, recompute_blocks
 from pipeline.plan.workload import stage_of
@@ -33,7 +33,6 @@ from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
 from pipeline.train.watch import STEP, beat
 
-_JOINED = timedelta(minutes=10)  # that ranks may start after each other; torch would wait for half an hour
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16's loss scaler
 OWN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's: each rank has those of its own micro-batches
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,7 +74,7 @@ def _hidden(name: str) -> Iterator[None]:
         sys.meta_path = [each for each in sys.meta_path if each is not finder]
 
 
-def join_group(world: World, within: timedelta = _JOINED) -> None:
+def join_group(world: World, within: timedelta = JOINED) -> None:
     """Join the process group of all ranks: the one that Ray Train made, or one of our own under torchrun or alone.
 
     Raises:
@@ -91,7 +90,6 @@ def join_group(world: World, within: timedelta = _JOINED) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    had_group = dist.is_initialized()
     try:
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False, timeout=within)
     except RuntimeError as e:  # of the store, of gloo or of NCCL
@@ -100,8 +98,8 @@ def join_group(world: World, within: timedelta = _JOINED) -> None:
             f"pretrain: rank {world.rank} of {world.size} could not join the others at {where} within {within.total_seconds():.0f} s "
             f"({str(e).splitlines()[0]}); the same command may succeed once all of them start"
         ) from e
-    if not had_group:  # from now on ranks may wait for each other longer, as for a store that is away
-        dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
+    # From now on ranks may wait for each other longer, as for a store that is away; also in a group that Ray Train made.
+    dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
 
 
 def check_precision(precision: str) -> None:

@@ -25,8 +25,11 @@ from workshop import Workshop
 from pipeline.core.progress import Event, set_sink
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
+from pipeline.train import hub as hubs
+from pipeline.train import watch
+from pipeline.train.hub import INPUT, SAVING, STARTING, STEP, VALIDATING, Hub, Report, Verdict, connect, judge
 from pipeline.train.watch import Lag
-from pipeline.train.watcher import INPUT, SAVING, SIZE, STARTING, STEP, VALIDATING, Hub, Report, Signs, Verdict, Watcher, connect, judge
+from pipeline.train.watcher import SIZE, Signs, Watcher
 
 HANG = 6  # seconds
 LIMIT = 60  # for this machine, which may have other work
@@ -126,7 +129,10 @@ def report(rank: int, counter: int = 100, phase: int = STEP, idle: float = 1.0, 
         ([report(0, idle=1e4), report(1, 99, INPUT, idle=1000)], [1], "waiting for input"),
         ([report(0, idle=1e4), report(1, 99, VALIDATING, idle=1800)], [], ""),
         ([report(0, idle=1e6), report(1, 99, SAVING, idle=1e6)], [], ""),  # `save.patience` ends that
-        ([report(r, 3, STARTING, idle=1e5, mute=200) for r in range(2)], [], ""),  # compiles, and holds on to the interpreter
+        ([report(r, 3, STARTING, idle=1790, mute=200) for r in range(2)], [], ""),  # compiles, and holds on to the interpreter
+        ([report(r, 3, STARTING, idle=1810, mute=200) for r in range(2)], [0, 1], "has got no further for 1810 s, starting"),
+        ([report(0, 4, STARTING, idle=1810), report(1, 3, STARTING, idle=1820)], [1], "starting"),  # in its first batch
+        ([report(0, 4, STARTING, idle=1810), report(1, 3, STARTING, idle=1790)], [], ""),
         ([report(0, 3, STARTING), report(1, 3, STARTING, mute=91, state="T")], [1], "is stopped"),
         ([report(r, idle=361) for r in range(3)], [0, 1, 2], "in a training step"),
     ],
@@ -136,8 +142,27 @@ def test_who_hangs(reports: list[Report], hung: list[int], what: str) -> None:
     assert [r.rank for r in found] == hung and what in told
 
 
+def test_the_first_batch_is_not_given_less_time_than_others() -> None:
+    for hang in (1, 90, 3600):
+        late = [report(0), report(1, 99, INPUT, idle=hang + 899)]
+        first = [report(0, 4, STARTING), report(1, 3, STARTING, idle=hang + 899)]
+        assert judge(late, hang)[0] == judge(first, hang)[0] == []
+
+
+def test_all_up_to_the_end_of_the_first_step_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryFile() as memory:
+        memory.truncate(SIZE)
+        monkeypatch.setattr(watch, "_signs", Signs(mmap.mmap(memory.fileno(), SIZE)))
+        monkeypatch.setattr(watch, "_is_warm", False)
+        seen = []
+        for phase, step in ((INPUT, None), (STEP, None), (SAVING, 1), (INPUT, None)):
+            watch.beat(phase, step)
+            seen.append(watch._signs.read()[:3])  # type: ignore[union-attr]
+        assert seen == [(1, 0, STARTING), (2, 0, STARTING), (3, 1, SAVING), (4, 1, INPUT)]
+
+
 def test_the_hub_warns_and_then_ends(free_port: int) -> None:
-    hub = Hub(3, 90, ("127.0.0.1", free_port), b"key")
+    hub = Hub(3, 90, free_port, b"key")
     assert not hub.take(report(0)).ranks and not hub.take(report(1, mute=200, state="T")).ranks, "not before all have told"
     first = hub.take(report(2))
     assert (
@@ -146,7 +171,7 @@ def test_the_hub_warns_and_then_ends(free_port: int) -> None:
         and first.speaker == 0
         and first.text.startswith("error: pretrain: rank 1 (host-1, process 1001)")
     )
-    other = Hub(2, 90, ("127.0.0.1", 0), b"key")
+    other = Hub(2, 90, 0, b"key")
     other.take(report(0, mute=50, state="T"))
     warned = other.take(report(1))
     assert not warned.is_end and warned.ranks == [0] and warned.speaker == 1 and "stacks of all ranks are written" in warned.text
@@ -162,13 +187,80 @@ def test_watchers_reach_the_hub_by_either_protocol(free_port: int, host: str) ->
             s.bind((host, 0))
     except OSError:
         pytest.skip(f"this machine has no {host}")
-    hub = Hub(2, 90, (host, free_port), b"key")
+    hub = Hub(2, 90, free_port, b"key")
     line = connect((host, free_port), b"key")
     hub.take(report(0))
     line.send_bytes(json.dumps(asdict(report(1, mute=200, state="T"))).encode())
     assert Verdict(**json.loads(line.recv_bytes())).ranks == [1]
     with pytest.raises(OSError, match="is not our hub"):
         connect((host, free_port), b"another")
+
+
+@pytest.mark.timeout(30)
+def test_strangers_keep_nobody_waiting(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that connect and stay silent, go at once, or say what they like, as a port scanner does."""
+    monkeypatch.setattr(hubs, "_SILENT", 1.0)
+    hub = Hub(2, 90, free_port, b"key")
+    strangers = [socket.create_connection(("127.0.0.1", free_port)) for _ in range(3)]
+    strangers[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+    strangers[2].close()
+    line = connect(("127.0.0.1", free_port), b"key")
+    hub.take(report(0))
+    line.send_bytes(json.dumps(asdict(report(1, mute=200, state="T"))).encode())
+    assert Verdict(**json.loads(line.recv_bytes())).ranks == [1]
+    began = time.monotonic()
+    while strangers[0].recv(1 << 10):
+        pass
+    assert 0.2 < time.monotonic() - began < 10, "after a while it is let go"
+    for each in (*strangers, line):
+        each.close()
+
+
+@pytest.mark.timeout(30)
+def test_a_hub_that_says_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hubs, "_SILENT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(OSError, match="is not our hub"):
+        connect(silent.getsockname(), b"key")
+
+
+def test_ranks_that_report_nothing_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, whole = Hub(12, 90, 0, b"key"), Hub(1, 90, 0, b"key")
+    hub.take(report(1))
+    assert not hub.absent(), "they may come yet"
+    monkeypatch.setattr(hubs, "_GATHERED", 0.0)
+    assert "ranks 0, 2, 3, 4, 5, 6, 7, 8 .. reported nothing" in hub.absent()
+    assert not hub.absent(), "once is enough"
+    whole.take(report(0))
+    assert not whole.absent()
+
+
+@pytest.mark.timeout(60)
+def test_a_watch_without_all_ranks_says_so(free_port: int) -> None:
+    """By the process that runs beside rank 0, in the memory that both have."""
+    code = "from pipeline.train import hub, watcher; hub._GATHERED = 1.0; watcher.main()"
+    with tempfile.TemporaryFile() as memory:
+        memory.truncate(SIZE)
+        signs = Signs(mmap.mmap(memory.fileno(), SIZE))
+        about = {
+            "rank": 0, "size": 2, "pid": os.getpid(), "host": "here", "hang": 90, "signs": memory.fileno(),
+            "address": ["127.0.0.1", free_port], "key": "00",
+        }  # fmt: skip
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+        beside = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=[memory.fileno()], env=env)
+        try:
+            assert beside.stdin is not None
+            beside.stdin.write(json.dumps(about).encode() + b"\n")
+            beside.stdin.flush()
+            deadline = time.monotonic() + 50
+            while not signs.verdict()[1] and time.monotonic() < deadline:
+                time.sleep(0.1)
+            told = (
+                f"warning: pretrain.guard.hang: rank 1 reported nothing to port {free_port} of rank 0 for 1 s: until all do, nobody watches"
+            )
+            assert signs.verdict() == (False, f"{told} for ranks that hang")
+        finally:
+            beside.kill()
+            beside.wait()
 
 
 LATE = """
@@ -183,6 +275,28 @@ for rank in (0, 1):
     except InfrastructureError as e:
         print(int(e.exit_code), e)
 """
+
+
+GROUP = """
+import os
+import torch
+import torch.distributed as dist
+from pipeline.core.world import JOINED, World
+from pipeline.train.zero import join_group
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=JOINED)
+seconds = lambda: int(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+before = seconds()
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+join_group(World())
+print("timeouts:", before, seconds())
+"""
+
+
+def test_ranks_wait_longer_for_each_other_once_they_have_joined() -> None:
+    """Also those in a group that was there before, as Ray Train makes it."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", GROUP], env=env, capture_output=True, text=True, timeout=120)
+    assert "timeouts: 600 1800" in done.stdout, done.stderr[-3000:]
 
 
 def test_ranks_that_never_come_are_not_waited_for(free_port: int) -> None:
