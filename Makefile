@@ -34,7 +34,7 @@ quickstart: digits
 	$(BIN)/python launch/submit.py configs/quickstart.yaml configs/quickstart-igpt.yaml configs/quickstart-clip.yaml
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=60 --durations-min=5
 
 chaos: venv
 	$(BIN)/python -m pytest -m "chaos or slow" tests/cluster tests/integration/test_resume.py --results tests/cluster/RESULTS.md
