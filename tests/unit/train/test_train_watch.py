@@ -112,6 +112,23 @@ def test_a_rank_that_is_stopped_is_found_and_named(shop: Workshop, rank: int) ->
     assert "loop.py" in texts[rank], "read from outside"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_stopped_while_it_starts_is_found(shop: Workshop) -> None:
+    """As soon as it is watched, which is before it has a model."""
+    with training(shop, "starting") as (process, said):
+        deadline = time.monotonic() + 180
+        watched: list[psutil.Process] = []
+        while not watched and time.monotonic() < deadline:
+            time.sleep(0.05)
+            watched = [p for p in ranks(process)[1:] if any("pipeline.train.watcher" in child.cmdline() for child in p.children())]
+        watched[0].send_signal(signal.SIGSTOP)
+        await_line(said, rf"warning: pretrain: rank 1 \(.*, process {watched[0].pid}\) is stopped", LIMIT)
+        process.wait(LIMIT)
+    path = shop.root / "runs" / "starting" / "stacks" / "step-0-rank-00001.txt"
+    assert "starting after step 0; hangs (rank 1" in path.read_text() and "train/loop.py" not in path.read_text(), path.read_text()
+
+
 def report(rank: int, counter: int = 100, phase: int = STEP, idle: float = 1.0, mute: float = 0.0, state: str = "S") -> Report:
     return Report(rank, counter, 10, phase, idle, mute, state, 1000 + rank, f"host-{rank}")
 
