@@ -44,9 +44,9 @@ from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
 from pipeline.train.inputs import check_captions, check_teacher, named_inputs, options_of, planned_facts
 from pipeline.train.keeper import Signals
+from pipeline.train.library import check_deepspeed, check_precision, is_slow
 from pipeline.train.preflight import check_pretrain
 from pipeline.train.scores import check_data, splits_of
-from pipeline.train.zero import check_deepspeed, check_precision, is_slow
 
 TIMINGS = "timings.json"
 

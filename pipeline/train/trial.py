@@ -28,9 +28,10 @@ from pipeline.objectives.joint import JointObjective
 from pipeline.stream.batches import MicroBatch
 from pipeline.stream.palette import Palette
 from pipeline.train.inputs import Prepared, open_inputs, options_of, planned_facts
+from pipeline.train.library import join_group
 from pipeline.train.optim import build_optimizer
 from pipeline.train.worker import use_cores
-from pipeline.train.zero import Engine, join_group
+from pipeline.train.zero import Engine
 
 _LOOPBACK = Path("/proc/net/dev")
 

@@ -42,6 +42,7 @@ from pipeline.train.communication import watching
 from pipeline.train.heap import stay_outside
 from pipeline.train.inputs import Prepared, check_captions, named_inputs, needs, open_inputs, options_of, planned_facts, prepare_inputs
 from pipeline.train.keeper import Regroup, Signals
+from pipeline.train.library import check_deepspeed, check_precision, join_group
 from pipeline.train.loop import train
 from pipeline.train.optim import build_optimizer
 from pipeline.train.preflight import check_pretrain
@@ -50,7 +51,7 @@ from pipeline.train.saving import fragments, on_main, restore, restore_from
 from pipeline.train.scores import open_scores
 from pipeline.train.validate import HeldOut
 from pipeline.train.watch import SAVING, STARTING, Watch, beat
-from pipeline.train.zero import Engine, check_deepspeed, check_precision, join_group
+from pipeline.train.zero import Engine
 
 _NO_SECTION = "pretrain: is missing, and this is the training worker"
 

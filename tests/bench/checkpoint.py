@@ -34,10 +34,11 @@ from pipeline.core.storage import Storage
 from pipeline.core.upload import Uploader
 from pipeline.core.world import World
 from pipeline.models import create
+from pipeline.train.library import join_group
 from pipeline.train.optim import build_optimizer
 from pipeline.train.saving import files, restore
 from pipeline.train.worker import use_cores
-from pipeline.train.zero import Engine, join_group
+from pipeline.train.zero import Engine
 from tests.bench.pairs import machine
 from tests.integration.services import BIN, answers, free_ports, service
 

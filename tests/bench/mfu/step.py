@@ -130,8 +130,9 @@ class DeepSpeedStep:
     def __init__(self, name: str, model: Any, losses: Sequence[Loss], how: Recipe, batch: int) -> None:
         from pipeline.config.pretrain import Pretrain
         from pipeline.core.world import World
+        from pipeline.train.library import join_group
         from pipeline.train.optim import build_optimizer
-        from pipeline.train.zero import Engine, join_group
+        from pipeline.train.zero import Engine
 
         world = World()
         join_group(world)

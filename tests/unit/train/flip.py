@@ -15,8 +15,9 @@ from pipeline.core.errors import InfrastructureError
 from pipeline.core.world import World
 from pipeline.models import create
 from pipeline.train.copies import compare
+from pipeline.train.library import join_group
 from pipeline.train.optim import build_optimizer
-from pipeline.train.zero import Engine, join_group
+from pipeline.train.zero import Engine
 
 
 def main(config: str, results: Path) -> None:

@@ -25,10 +25,11 @@ from pipeline.objectives import build_objective
 from pipeline.stream import open_collection, open_stream
 from pipeline.train.accumulate import accumulate, mean_over_ranks
 from pipeline.train.inputs import open_inputs, options_of, prepare_inputs
+from pipeline.train.library import join_group
 from pipeline.train.optim import build_optimizer
 from pipeline.train.speed import Clock
 from pipeline.train.worker import use_cores
-from pipeline.train.zero import Engine, join_group
+from pipeline.train.zero import Engine
 
 STEPS = 20
 VISION, TEXT = "{kind: vit, width: 16, depth: 1, heads: 2, patch: 4, drop_path: 0.2}", "{kind: transformer, width: 16, depth: 1, heads: 2}"

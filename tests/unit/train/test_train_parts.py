@@ -22,9 +22,9 @@ from pipeline.core.world import World
 from pipeline.models import create
 from pipeline.stream import open_stream
 from pipeline.train.job import choose_workers
+from pipeline.train.library import _hidden, check_precision, is_slow
 from pipeline.train.optim import OPTIMIZERS, build_optimizer, parameter_groups
 from pipeline.train.schedule import SCHEDULES, factor
-from pipeline.train.zero import _hidden, check_precision, is_slow
 
 
 @pytest.mark.parametrize(

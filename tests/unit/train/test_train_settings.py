@@ -9,8 +9,8 @@ import pytest
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import ConfigError
 from pipeline.stages import check_config
+from pipeline.train.library import check_deepspeed
 from pipeline.train.settings import settings
-from pipeline.train.zero import check_deepspeed
 
 MODEL = {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4}
 

@@ -75,8 +75,8 @@ GATHERED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
-from pipeline.train.zero import _import_deepspeed
-_import_deepspeed()
+from pipeline.train.library import import_deepspeed
+import_deepspeed()
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 DeepSpeedZeroConfig.model_fields["param_persistence_threshold"].default = 0
 DeepSpeedZeroConfig.model_rebuild(force=True)

@@ -284,7 +284,7 @@ LATE = """
 import datetime, os, sys
 from pipeline.core.errors import InfrastructureError
 from pipeline.core.world import World
-from pipeline.train.zero import join_group
+from pipeline.train.library import join_group
 for rank in (0, 1):
     os.environ["RANK"] = str(rank)
     try:
@@ -299,7 +299,7 @@ import os
 import torch
 import torch.distributed as dist
 from pipeline.core.world import JOINED, World
-from pipeline.train.zero import join_group
+from pipeline.train.library import join_group
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=JOINED)
 seconds = lambda: int(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 before = seconds()

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from pipeline.config.pretrain import Pretrain
 from pipeline.core.world import World
 from pipeline.models import create
+from pipeline.train.library import join_group
 from pipeline.train.optim import build_optimizer
-from pipeline.train.zero import Engine, join_group
+from pipeline.train.zero import Engine
 
 
 def main(result: Path) -> None:
