@@ -236,7 +236,7 @@ def settled(config: Config, world: World) -> Config:
     return on_main(world, choose)
 
 
-def prepared(config: Config, world: World) -> Config:
+def checked(config: Config, world: World) -> Config:
     """As `settled`. Raises ConfigError, as `launch/submit.py` would, for what a worker would only meet as it starts, or never."""
     if config.pretrain is None:
         raise ConfigError(_NO_SECTION)
@@ -258,7 +258,7 @@ def main(config: str, overrides: tuple[str, ...]) -> None:
     signals = Signals()
     try:
         # Every rank claims the run: whoever is first makes it, the others find the same.
-        run = claim_run(prepared(load_config(config, list(overrides)), world))
+        run = claim_run(checked(load_config(config, list(overrides)), world))
         if world.is_main:
             parent, tracker = run.tracker(), stage_tracker(run)
         with signals.listening():

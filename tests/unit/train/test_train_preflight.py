@@ -11,7 +11,7 @@ import yaml
 from pipeline.config import load_config
 from pipeline.core.errors import ConfigError
 from pipeline.core.world import World
-from pipeline.train.worker import prepared
+from pipeline.train.worker import checked
 
 SECTION = {
     "model": {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 4}, "image": {"pixels": 8}, "batch": 4, "micro_batch": 4,
@@ -42,9 +42,9 @@ def config(tmp_path: Path) -> str:
 )
 def test_refused(config: str, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
-        prepared(load_config(config, [override]), World())
+        checked(load_config(config, [override]), World())
 
 
 def test_what_is_right_is_let_through(config: str) -> None:
     given = load_config(config, ["pretrain.deepspeed={zero_optimization: {overlap_comm: true}}"])
-    assert prepared(given, World()) == given
+    assert checked(given, World()) == given
