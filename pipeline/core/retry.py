@@ -41,16 +41,18 @@ def retrying(what: str, action: Callable[[], T]) -> T:
 def insist(action: Callable[[], T], patience: float, told: Callable[[str], None]) -> T:
     """The result of `action`, tried again where the store fails, for `patience` seconds since it failed first; `told` hears of the first
     failure, the fourth and each tenth. Raises the last StorageError then, and anything else at once."""
-    failed: list[float] = []  # when, each time
+    pause = wait_random_exponential(multiplier=2 * _PAUSE, max=2 * _LONGEST)
+    began: list[float] = []
 
-    def is_over(_: RetryCallState) -> bool:
-        failed.append(time.monotonic())
-        return failed[-1] - failed[0] >= patience
+    def left(state: RetryCallState) -> float:
+        failed = state.outcome_timestamp or time.monotonic()
+        began[:] = began or [failed]
+        return began[0] + patience - failed
 
     return Retrying(
         retry=retry_if_exception_type(StorageError),
-        wait=wait_random_exponential(multiplier=2 * _PAUSE, max=2 * _LONGEST),
-        stop=is_over,
+        wait=lambda state: max(0.0, min(pause(state), left(state))),  # the last attempt is at the end of patience, not beyond
+        stop=lambda state: left(state) <= 0,
         before_sleep=lambda state: _tell_some(told, state),
         reraise=True,
     )(action)

@@ -81,7 +81,7 @@ class Hub:
         self._verdict = Verdict()
         self._lock = threading.Lock()
         self._began, self._has_told = time.monotonic(), False
-        self._listener = _listen(port, min(size, 4096))
+        self._listener = _listen(port, max(128, min(size, 4096)))  # strangers among them: who finds no room tries again a second later
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:

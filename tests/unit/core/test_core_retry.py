@@ -69,3 +69,18 @@ def test_patience_begins_with_the_first_failure() -> None:
     with pytest.raises(StorageError):
         insist(lambda: slow(100), 0.5, lambda text: None)
     assert 2 <= len(took) <= 4
+
+
+def test_no_pause_goes_beyond_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses grow to half a minute, and somebody else may give up before: patience is when the last attempt is made."""
+    monkeypatch.setattr(retry, "_PAUSE", 1e6)
+    monkeypatch.setattr(retry, "_LONGEST", 1e6)
+    tried: list[float] = []
+
+    def fail() -> None:
+        tried.append(time.monotonic())
+        raise StorageError("slow down")
+
+    with pytest.raises(StorageError):
+        insist(fail, 0.3, lambda text: None)
+    assert len(tried) == 2 and 0.3 <= tried[1] - tried[0] < 100
