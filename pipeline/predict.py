@@ -11,7 +11,7 @@ import click
 import torch
 
 from pipeline.checkpoint import ModelCard, find_model
-from pipeline.config.data import ShardImages
+from pipeline.config.shard import ShardImages
 from pipeline.core.command import exit_codes
 from pipeline.core.errors import ConfigError, DataError, ExitCode, TesseraError
 from pipeline.core.storage import Storage

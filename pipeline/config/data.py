@@ -1,49 +1,10 @@
-"""The sections of a config about data: collections to be sharded, and datasets of shards."""
+"""The section `data` of a config: datasets of shards."""
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import Field, model_validator
 
-from pydantic import Field, field_validator, model_validator
-
-from pipeline.config.section import Bytes, Count, Flag, Part, Positive, Quantity, Section, check_word
-
-
-class Source(Section):
-    """Where images come from. `folder`: a class a sub-folder, or one flat folder; side files .txt, .cls, .json."""
-
-    format: str = "folder"
-    url: str
-    columns: dict[str, str] = {}
-
-
-class Resize(Section):
-    side: Literal["shorter", "longer"] = "shorter"
-    pixels: Count
-    enlarge: Flag = False
-
-
-class ShardImages(Section):
-    resize: Resize | None = None
-    min_pixels: Count = Field(1, description="the shorter side of a smaller image makes it `too-small`")
-    max_pixels: Count = Field(2**26, description="width x height of a larger image makes it `too-large`, before it is decoded")
-
-
-class Shard(Section):
-    source: Source
-    splits: dict[str, Part] = {"train": 1.0}
-    workers: Count | None = Field(None, description="parallel tasks; never changes the result; default: one a core")
-    images: ShardImages = ShardImages()
-    size: Bytes = 256 * 2**20
-
-    @field_validator("splits")
-    @classmethod
-    def _splits_add_up(cls, splits: dict[str, float]) -> dict[str, float]:
-        if abs(sum(splits.values()) - 1) > 1e-6:
-            raise ValueError(f"the fractions must add up to 1, these add up to {sum(splits.values()):g}")
-        for name in splits:
-            check_word(name)
-        return splits
+from pipeline.config.section import Positive, Quantity, Section
 
 
 class Bound(Section):

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.data import Data, Shard
+from pipeline.config.data import Data
 from pipeline.config.evaluate import Evaluate
 from pipeline.config.pretrain import Pretrain
 from pipeline.config.section import Bytes, Count, Flag, Part, Positive, Section, Time, check_word
+from pipeline.config.shard import Shard
 from pipeline.core import units
 
 

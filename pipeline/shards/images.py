@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.config.data import Resize, ShardImages
+from pipeline.config.shard import Resize, ShardImages
 
 JPEG_QUALITY = 95
 _FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]

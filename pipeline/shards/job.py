@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.config import Config, fingerprint
-from pipeline.config.data import Shard, ShardImages
+from pipeline.config.shard import Shard, ShardImages
 from pipeline.core import progress
 from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage

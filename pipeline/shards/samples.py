@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline.config.data import ShardImages
+from pipeline.config.shard import ShardImages
 from pipeline.core.errors import DataError, StorageError
 from pipeline.shards.images import Checked, Dropped, check_image
 from pipeline.shards.sources import FolderSource, Item

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from pipeline.config.data import Shard, Source
+from pipeline.config.shard import Shard, Source
 from pipeline.core.errors import ConfigError, CredentialsError, DataError, StorageError, choose
 from pipeline.core.storage import Storage
 
@@ -19,12 +20,16 @@ SIDE_SUFFIXES = frozenset({"txt", "cls", "json"})
 
 @dataclass(frozen=True)
 class Item:
-    """One image file: `path` relative to the source, `bytes` of it and its side files, `side` their paths by suffix."""
+    """One image: `path` names it in its source (a relative path, a URL, a table and row), `bytes` of it and its side files (0 where that
+    is not known beforehand), `side` their paths by suffix. A table gives caption, label and what else it has (`extra`) itself."""
 
     path: str
     bytes: int
     class_name: str | None = None
     side: dict[str, str] = field(default_factory=dict)
+    text: str | None = None
+    label: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.data import ShardImages
+from pipeline.config.shard import ShardImages
 from pipeline.shards.images import Checked, Dropped, check_image, resized
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

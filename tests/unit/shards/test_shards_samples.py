@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config.data import ShardImages
+from pipeline.config.shard import ShardImages
 from pipeline.core.errors import DataError
 from pipeline.shards.images import Dropped
 from pipeline.shards.layout import sample_key

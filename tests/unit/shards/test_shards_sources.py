@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.data import Shard
+from pipeline.config.shard import Shard
 from pipeline.core.errors import ConfigError, DataError, UserError
 from pipeline.shards.sources import FolderSource, Item, check_source, open_source
 
