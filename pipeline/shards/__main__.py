@@ -1,4 +1,4 @@
-"""python -m pipeline.shards adopt URL | verify URL: datasets by hand, without a config."""
+"""python -m pipeline.shards adopt URL | verify URL | takedown URL LIST: datasets by hand, without a config."""
 
 from __future__ import annotations
 
@@ -77,6 +77,28 @@ def verify(url: str, split: str | None, workers: int, endpoint: str | None) -> N
         if problems:
             raise DataError(f"data {directory.url}: {problems:,} problem{'s' * (problems > 1)} in {len(table):,} shards")
         click.echo(f"sound: {table.samples.sum():,} samples in {len(table):,} shards, {format_bytes(float(table.bytes.sum()))}")
+
+
+@main.command()
+@click.argument("url")
+@click.argument("lists", metavar="LIST..", nargs=-1, required=True)
+@click.option("--workers", type=click.IntRange(min=1), help="Shards read at a time; by default one a core.")
+@_endpoint
+def takedown(url: str, lists: tuple[str, ...], workers: int | None, endpoint: str | None) -> None:
+    """Deny the samples of the dataset at URL that LIST names, instead of those that another list denied before.
+
+    LIST is a file, at a path or URL: of keys, URLs of images (or their paths in the source) or sha256, one a line; or Parquet with columns
+    `key`, `url`, `sha256`, any of them. The shards stay as they are.
+    """
+    with exit_codes():
+        from pipeline.shards.manifest import read_manifest
+        from pipeline.shards.takedown import check_lists, take_down
+
+        directory = Storage(url, endpoint)
+        read_manifest(directory)
+        check_lists(lists, endpoint, "takedown")  # what is refused is refused before Ray starts
+        connect_ray(local="RAY_ADDRESS" not in os.environ)
+        take_down(directory, lists, workers, "takedown")
 
 
 def _read_names(path: Path) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Scores of samples as columns of the index, and deny-lists of those whose score is out of bounds.
 
-A score is a number a sample. Here it is what a function of the user's own gives; `pipeline.evaluate.similarity` scores by a CLIP model.
+A score is a number a sample. Here it is what a function of the user's own gives; `pipeline.evaluate.scoring` scores by a CLIP model.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def function_columns(score: Score, where: str) -> Columns:
         ConfigError: there is no such function.
     """
     assert score.function is not None, "called for a score by function"
-    load_function(f"{where}.function", score.function)
+    check_function(score, where)
     path = getattr(sys.modules[score.function.rpartition(".")[0]], "__file__", None)
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).exists() else ""
     made = FunctionScore(f"{where}.function", score.function)
@@ -99,15 +99,18 @@ def function_columns(score: Score, where: str) -> Columns:
     return Columns({score.column: pa.float64()}, named, made, MEMBERS, score.batch, score.gpus, where)
 
 
-def check_scores(scores: Sequence[Score], where: str = "shard.scores") -> None:
-    """Preflight. Raises ConfigError for a column that an index has already, or two of one name, and for functions that are not there."""
+def check_function(score: Score, where: str) -> None:
+    """Raises ConfigError where the function of a score is not there."""
+    load_function(f"{where}.function", str(score.function))
+
+
+def check_columns(scores: Sequence[Score], where: str = "shard.scores") -> None:
+    """Raises ConfigError for a column that an index has already, or two of one name."""
     taken = dict.fromkeys([*INDEX_SCHEMA.names, _HASH], "every index has this column already")
     for n, score in enumerate(scores):
         if score.column in taken:
             raise ConfigError(f"{where}.{n}.column: {score.column!r} cannot be added, {taken[score.column]}")
         taken[score.column] = f"{where}.{n} has it"
-        if score.function is not None:
-            load_function(f"{where}.{n}.function", score.function)
 
 
 def deny_by_score(directory: Storage, column: str, keep: Bound | None, workers: int | None = None, where: str = "shard.scores") -> int:
