@@ -113,6 +113,11 @@ def find_columns(directory: Storage) -> dict[str, dict[str, Any]]:
         raise DataError(f"data {directory.url}/{FILE}: this is not JSON ({e})") from e
 
 
+def added_by(directory: Storage) -> dict[str, str]:
+    """The fingerprints of what made the columns that were added, by column."""
+    return {name: about[FINGERPRINT] for name, about in find_columns(directory).items()}
+
+
 def add_columns(directory: Storage, columns: Columns, workers: int | None = None, label: str = "columns") -> dict[str, dict[str, Any]]:
     """Add `columns` to the index of every shard of the dataset at `directory`, and return what `find_columns` then says of them. What is
     there already, by the same maker, stays. Needs a Ray that is initialised; may be interrupted and repeated.

@@ -21,11 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import fingerprint
 from pipeline.config.data import Bound
 from pipeline.config.pretrain import Cache as CacheSection
 from pipeline.core.errors import DataError
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
+from pipeline.shards.columns import added_by
 from pipeline.shards.manifest import Manifest, read_manifest
 from pipeline.shards.table import ShardRecord, ShardTable
 from pipeline.stream.cache import Cache
@@ -77,6 +79,7 @@ class Dataset:
         total = max(1, int(self.shards.bytes.sum()))
         of_part = max(1, int(_PART * self.shards.samples.sum() / total / self.block)) if total <= SMALL else 1
         self.part = self.block * of_part  # neighbouring samples that one request brings
+        self._added = added_by(directory) if where or not directory.is_local else {}  # an index in the cache may be older
         self._lost: dict[int, _LostIndex] = {}  # shards without a readable index
         self._missing: set[int] = set()  # shards that are not there
         self._fetched_again: set[str] = set()  # parts in which a sample was damaged
@@ -86,7 +89,7 @@ class Dataset:
         self.sizes = self.shards.samples
         if deny or where:
             rule = Rule(deny, where or {}, directory.endpoint)
-            self.view = f"{self.view}/{rule.hash}"
+            self.view = "/".join([self.view, rule.hash, *sorted(maker for c, maker in self._added.items() if c in (where or {}))])
             names = _Names(self.shards)
             self._selection = select(rule, f"{self.view}/{self.manifest.config}", names, self._sound_index, self.cache)
             self.sizes = self._selection.kept
@@ -251,8 +254,8 @@ class Dataset:
         )
 
     def _index_part(self, record: ShardRecord) -> str:
-        """An index may be adopted anew with other columns: the fingerprint of what made it tells them apart."""
-        return f"{record.sha256[:40]}-{self.manifest.config[:8]}-index"
+        """An index may be adopted anew with other columns, or get some later: the fingerprint of what made it tells them apart."""
+        return f"{record.sha256[:40]}-{self.manifest.config[:8]}-{fingerprint(self._added)[:8] if self._added else ''}index"
 
 
 class _LostIndex(Exception):

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config.data import Bound
+from pipeline.config.pretrain import Cache
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards import columns as added
@@ -23,7 +25,7 @@ from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardTable
 from pipeline.shards.rows import MEMBERS, read_index, read_rows
 from pipeline.shards.verify import verify
 from pipeline.stream import open_dataset
-from tests.unit.shards.makers import Stutters, lengths
+from tests.unit.shards.makers import Doubled, Stutters, lengths
 
 Make = Callable[..., Manifest]
 
@@ -272,3 +274,25 @@ def test_sums_do_not_depend_on_the_order_of_arrival() -> None:
         "min": random[:198].min(),
         "max": random[:198].max(),
     }
+
+
+@pytest.mark.usefixtures("cluster")
+def test_bounds_hold_on_columns_that_came_or_changed_later(store: Storage, make_dataset: Make, tmp_path: Path) -> None:
+    """Also where the machine's cache has the indices as they were before."""
+    make_dataset(store, {"train": 60})
+    cache = Cache(path=str(tmp_path / "cache"))
+
+    def left(least: float) -> tuple[int, str]:
+        dataset = open_dataset(store.url, "train", store.endpoint, where={"long": Bound(min=least)}, cache=cache)
+        return len(dataset), dataset.view
+
+    whole = open_dataset(store.url, "train", store.endpoint, cache=cache)
+    assert len({whole[n].key for n in range(60)}) == 60
+    with pytest.raises(ConfigError, match=r"no such column of numbers"):
+        left(8)
+    add_columns(store, lengths())  # "train 9" has 7 letters, "train 10" 8
+    length, view = left(8)
+    assert length == 50
+    add_columns(store, replace(lengths(fingerprint="two"), make=Doubled()))
+    assert left(8) == (60, left(8)[1]) != (60, view)  # another view: what it holds has changed
+    assert left(15)[0] == 50
