@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -218,6 +219,21 @@ def test_members_that_are_asked_for(store: Storage, make_dataset: Make) -> None:
             assert row.json == (sample.json if "json" in needs else None)
     assert [len(batch) for batch in read_rows(store, "train-00000.tar", index, MEMBERS, 6)] == [6, 6, 6, 2]
     assert list(read_rows(store, "train-00000.tar", index.slice(0, 0), MEMBERS, 6)) == []
+
+
+def test_a_shard_that_is_gone_or_cut_is_told(make_dataset: Make, tmp_path: Path) -> None:
+    directory = Storage(str(tmp_path))
+    make_dataset(directory, {"train": 20})
+    index, tar = read_index(directory, "train-00000.index.parquet"), tmp_path / "train-00000.tar"
+    last = index.to_pylist()[-1]
+    os.truncate(tar, last["txt_offset"] + 3)
+    for needs, told in ((MEMBERS, "its bytes are not those that the index names"), (frozenset({"txt"}), "the shard ends before it")):
+        with pytest.raises(DataError, match=f"sample {last['key']}: {told}"):
+            list(read_rows(directory, tar.name, index, needs, 64))
+    tar.unlink()
+    for needs in (MEMBERS, frozenset({"txt"})):
+        with pytest.raises(DataError, match=r"it is missing"):
+            list(read_rows(directory, tar.name, index, needs, 64))
 
 
 def test_batches_hold_no_more_than_they_may(make_dataset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
