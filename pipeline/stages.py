@@ -173,11 +173,10 @@ def _survey(config: Config, before: Sequence[Config], fresh: bool) -> tuple[int,
         return samples, facts(classes), None, True
     maker = next((c for c in [*before, config] if c.shard and (c is config or made_by([c]) & _data_urls(config))), None)
     if maker and maker.shard and not find_made(maker.shard, run_directory(maker) / "shards"):
-        listing = open_source(maker.shard.source).scan()
-        samples = max(1, round(len(listing.items) * maker.shard.splits[p.split]))
-        mean = sum(item.bytes for item in listing.items) / max(1, len(listing.items))
-        reading = Reading(mean, p.loader.block or (1 if _is_local(config) else BLOCK))
-        return samples, facts(len(listing.classes)), reading, True
+        survey = open_source(maker.shard.source).survey()
+        samples = max(1, round(survey.rows * maker.shard.splits[p.split]))
+        reading = Reading(survey.mean, p.loader.block or (1 if _is_local(config) else BLOCK))
+        return samples, facts(survey.classes), reading, True
     data = _open_data(config, config.data or [Data(url=(run_directory(config) / "shards").url)])
     return data.samples, facts(len(data.classes)), data.reading, False
 
@@ -271,7 +270,9 @@ class _Stages:
     def _shard(self) -> None:
         directory = self.run.directory / "shards"
         with self._stage("shard") as tracker, self._timed("shard", "folder to shards"):
-            manifest, metrics = make_dataset(self.config, directory)
+            # A run that has begun to train goes on with the data it began with.
+            has_trained = self.config.pretrain is not None and bool(Checkpoints(self.run.directory).steps())
+            manifest, metrics = make_dataset(self.config, directory, grow=not has_trained)
             tracker.tags({"dataset.hash": manifest.hash})
             tracker.metrics(metrics)
 

@@ -37,33 +37,26 @@ def run_recorded(
         TesseraError: as `run_tasks`, after all jobs that can be done have their record.
     """
     names = {name.removesuffix(".json") for name in (place / stage).names() if name.endswith(".json")}
-    total = done = 0
-    finished = list[str]()
+    total, done, left, finished = 0, 0, 0, list[str]()
     for units, arguments in jobs():
         total += units
         if arguments[0] in names:
             done += units
             finished.append(arguments[0])
+        else:
+            left += 1
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(finished), _AHEAD):
             yield from pool.map(lambda name: json.loads(place.read(f"{stage}/{name}.json")), finished[first : first + _AHEAD])
-    if len(finished) == total == 0 or done == total and not any(a[0] not in names for _, a in jobs()):
+    if not left:
         return
+
+    def recorded(name: str, *arguments: Any) -> Result:
+        result = body(name, *arguments)
+        place.write(f"{stage}/{name}.json", json.dumps(result).encode())
+        return result
+
     from pipeline.shards.tasks import run_tasks  # Ray comes with it, of which a plan has no need
 
-    left = (job for job in jobs() if job[1][0] not in names)
-    task = _Recorded(body, stage, len(shared))
-    yield from run_tasks(label, unit, task.run, left, (*shared, place), workers, told, total=total, done=done, persist=True)
-
-
-class _Recorded:
-    """A task's body that leaves a record behind; its place comes last among the arguments."""
-
-    def __init__(self, body: Callable[..., Result], stage: str, shared: int) -> None:
-        self.body, self.stage, self.shared = body, stage, shared
-
-    def run(self, name: str, *arguments: Any) -> Result:
-        *rest, place = arguments
-        result = self.body(name, *rest)
-        place.write(f"{self.stage}/{name}.json", json.dumps(result).encode())
-        return result
+    waiting = (job for job in jobs() if job[1][0] not in names)
+    yield from run_tasks(label, unit, recorded, waiting, shared, workers, told, total=total, done=done, persist=True)

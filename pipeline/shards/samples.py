@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date, timedelta
-from datetime import time as datetime_time
-from decimal import Decimal
-from typing import Any
-from uuid import UUID
 
 from pipeline.config.shard import Shard, ShardImages, ShardText
-from pipeline.core.errors import ConfigError, DataError, StorageError
+from pipeline.core.errors import ConfigError
 from pipeline.core.functions import load_function
 from pipeline.shards.dropped import Drop, Dropped
 from pipeline.shards.images import Checked, check_image
-from pipeline.shards.sources import FolderSource, Item
+from pipeline.shards.sources.base import Files as Files
+from pipeline.shards.sources.base import Item
+from pipeline.shards.sources.base import printable as printable
+from pipeline.shards.sources.columns import plain as plain
 from pipeline.shards.text import LONGEST, check_text
 
-_READERS = 8  # files read at once: an object store answers each in tens of milliseconds
-_AHEAD = 16  # items read before they are needed
 MOST_LABELS = 1_000_000
 
 
@@ -54,39 +46,6 @@ class Recipe:
     @staticmethod
     def of(shard: Shard) -> Recipe:
         return Recipe(shard.images, shard.text, shard.filter)
-
-
-@dataclass(frozen=True)
-class Files:
-    """What was read of one item: the image and its side files by suffix."""
-
-    image: bytes
-    side: dict[str, bytes]
-
-
-def read_samples(
-    source: FolderSource, samples: list[tuple[str, Item]], recipe: Recipe, classes: list[str]
-) -> Iterator[tuple[Item, Sample | Dropped]]:
-    """Each (key, item) in order, with its sample or the reason why it has none.
-
-    Raises:
-        DataError, StorageError: the source as a whole has gone, so that dropping its files one by one would lose all of it.
-    """
-    ids = {name: i for i, name in enumerate(classes)}
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(samples), _AHEAD):
-            part = samples[start : start + _AHEAD]
-            for (key, item), files in zip(part, pool.map(lambda s: _read(source, s[1]), part), strict=True):
-                yield item, files if isinstance(files, Dropped) else make_sample(key, item, files, recipe, ids)
-
-
-def _read(source: FolderSource, item: Item) -> Files | Dropped:
-    try:
-        return Files(source.read(item.path), {suffix: source.read(path) for suffix, path in item.side.items()})
-    except (FileNotFoundError, StorageError) as e:
-        if not source.is_there():
-            raise DataError(f"shard.source.url: the folder {source.url} is no longer there") from e
-        return Dropped("unreadable", "the file vanished after it was listed" if isinstance(e, FileNotFoundError) else printable(str(e)))
 
 
 def make_sample(key: str, item: Item, files: Files, recipe: Recipe, ids: dict[str, int]) -> Sample | Dropped:
@@ -155,32 +114,6 @@ def _meta(item: Item, side: bytes | None) -> bytes:
     return meta
 
 
-def plain(value: Any) -> Any:
-    """A value of a table's column as JSON has it: numbers that are not finite become null, times ISO 8601, bytes base64.
-
-    Raises ValueError for a kind that is none of these.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, date | datetime_time):  # a datetime is a date
-        return value.isoformat()
-    if isinstance(value, Decimal | timedelta | UUID):
-        return str(value)
-    if hasattr(value, "item"):  # numpy's scalars
-        return plain(value.item())
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    raise ValueError(f"a {type(value).__name__} has no form in JSON")
-
-
 def _is_kept(name: str, sample: Sample) -> bool:
     """Ask the user's filter: of the sample's json, and beside it key, caption and label (None: it has none), width and height."""
     function = load_function("shard.filter", name)
@@ -196,8 +129,3 @@ def _is_kept(name: str, sample: Sample) -> bool:
         return bool(function(told))
     except Exception as e:
         raise ConfigError(f"shard.filter: {name} raised {type(e).__name__} ({e}) for the sample {sample.key} of {source}") from e
-
-
-def printable(text: str) -> str:
-    """File names that are not UTF-8 are spelt with a replacement character."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

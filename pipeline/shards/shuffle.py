@@ -6,8 +6,8 @@
              └─ in another order (blocks of rows, or the source's own) ──▶ ranges of that order
     arrange  each of these ranges ──▶ cut into shards
 
-A range has about half a million rows, so its task stays under a gigabyte. Its rows become a Parquet file, a row group a shard. A shard never
-reaches over two ranges: the last one of each range and split is smaller.
+A range has about half a million rows, so its task stays under a gigabyte. Its rows become a Parquet file, a row group a shard. A shard
+never reaches over two ranges: the last one of each range and split is smaller.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pipeline.core.storage import Storage
 from pipeline.shards.layout import cut_by_bytes, cut_by_rows, group_of, key_order, planned_bytes, sample_key, split_of
 from pipeline.shards.manifest import NAMED
+from pipeline.shards.ranges import Ranges
 from pipeline.shards.sources.base import Ignored, Item, Lost, Part, Source, printable
 from pipeline.shards.spill import read_group, write_spill
 
@@ -163,12 +164,25 @@ def settle_rows(
     dropped.update(lost["lost"].to_pylist())
     for reason, text in zip(lost["lost"].to_pylist(), lost["item"].to_pylist(), strict=True):
         named.append(_named(text, reason, str(Item.decode(text).extra["detail"])))
-    result = {"read": len(table) + dropped.total(), "dropped": dict(dropped), "named": sorted(named, key=lambda d: d["file"])[:NAMED]}
+    result = {
+        "group": group,
+        "read": len(table) + dropped.total(),
+        "dropped": dict(dropped),
+        "named": sorted(named, key=lambda d: d["file"])[:NAMED],
+    }
     if bounds is None:
         return {**result, "shards": _cut(table, group, rule, False, place)}
     groups = np.searchsorted(np.array(bounds, dtype=np.uint64), table["order"].to_numpy(), side="right") - 1
     write_spill(place, f"settled/{name}", table, groups.astype(np.int64), rule.groups)
     return {**result, "shards": []}
+
+
+def first_rows(spills: list[str], count: int, rule: Rule, place: Storage) -> list[tuple[str, Item]]:
+    """(key, item) of `count` rows of the source, chosen by the hashes of their keys, and nearest each other in the order of shards."""
+    table = read_group(place, spills, 0, ROWS)
+    table = table.filter(pc.is_null(table["lost"])).sort_by([("order" if rule.shuffle else "hash", "ascending"), ("key", "ascending")])
+    table = table.slice(0, count)
+    return list(zip(table["key"].to_pylist(), map(Item.decode, table["item"].to_pylist()), strict=True))
 
 
 def _first(again: pa.Table) -> list[str]:
@@ -185,7 +199,7 @@ def _named(text: str, reason: str, detail: str) -> dict[str, str]:
 def arrange_rows(name: str, group: int, spills: list[str], rule: Rule, mixed: bool, place: Storage) -> dict[str, Any]:
     """Cut a range of an order into shards (the body of a Ray task). `mixed`: within each its rows are shuffled."""
     table = read_group(place, spills, group, ROWS)
-    return {"shards": _cut(table.sort_by([("order", "ascending"), ("key", "ascending")]), group, rule, mixed, place)}
+    return {"group": group, "shards": _cut(table.sort_by([("order", "ascending"), ("key", "ascending")]), group, rule, mixed, place)}
 
 
 def _cut(table: pa.Table, group: int, rule: Rule, mixed: bool, place: Storage) -> list[list[Any]]:
@@ -216,8 +230,6 @@ def _write_parquet(place: Storage, name: str, schema: pa.Schema, groups: list[pa
 
 def read_rows(place: Storage, group: int, row_group: int) -> Iterator[tuple[str, Item]]:
     """(key, item) of the rows of one shard, in the order in which they are written."""
-    from pipeline.shards.ranges import Ranges
-
     name = rows_name(group)
     if place.is_local:
         file = pq.ParquetFile(f"{place.path}/{name}")

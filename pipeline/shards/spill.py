@@ -1,6 +1,6 @@
 """Rows on their way through a shuffle that is larger than memory: files of many groups, of which a group is read by its range.
 
-    offsets: uint64 (groups + 1,) ‖ group 0 ‖ group 1 ‖ ..         each group an Arrow stream, compressed; an empty one has no bytes
+offsets: uint64 (groups + 1,) ‖ group 0 ‖ group 1 ‖ ..         each group an Arrow stream, compressed; an empty one has no bytes
 """
 
 from __future__ import annotations

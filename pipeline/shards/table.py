@@ -51,6 +51,11 @@ class ShardRecord:
         return {name: getattr(self, name) for name in SHARDS_SCHEMA.names}
 
 
+def file_of(version: int) -> str:
+    """The table of a version, where the dataset has several (`manifest.py`)."""
+    return f"shards-v{version}.parquet"
+
+
 def encode_table(shards: Iterable[ShardRecord]) -> bytes:
     """The Parquet file, with nothing in it that changes from run to run."""
     rows = sorted(shards, key=lambda s: s.name)
@@ -71,10 +76,12 @@ class ShardTable:
         DataError: there is no such split, no table of shards, or it cannot be read.
     """
 
-    def __init__(self, directory: Storage, split: str | None = None) -> None:
+    def __init__(self, directory: Storage, split: str | None = None, version: int | None = None) -> None:
+        """`version`: of the dataset; None: the newest."""
         self.directory, self.split = directory, split
+        self._file = FILE if version is None or not directory.exists(file_of(version)) else file_of(version)
         self._size = 0
-        with _explained(directory):
+        with _explained(directory, self._file):
             self._meta = self._read_meta()
             self._firsts = np.cumsum([0, *(self._meta.row_group(g).num_rows for g in range(self._meta.num_row_groups))])
             self.samples, self.bytes, self._rows = self._read_counts()
@@ -97,15 +104,17 @@ class ShardTable:
 
     def _read_meta(self) -> pq.FileMetaData:
         if self.directory.is_local:
-            meta = pq.read_metadata(f"{self.directory.path}/{FILE}")
+            meta = pq.read_metadata(f"{self.directory.path}/{self._file}")
         else:
-            if not self.directory.exists(FILE):
-                raise FileNotFoundError(FILE)
-            self._size = int(self.directory.fs.size(f"{self.directory.path}/{FILE}"))
-            meta = pq.read_metadata(Ranges(self.directory, FILE, self._size, [(max(0, self._size - _TAIL), self._size)]))
+            if not self.directory.exists(self._file):
+                raise FileNotFoundError(self._file)
+            self._size = int(self.directory.fs.size(f"{self.directory.path}/{self._file}"))
+            meta = pq.read_metadata(Ranges(self.directory, self._file, self._size, [(max(0, self._size - _TAIL), self._size)]))
         lacking = [name for name in SHARDS_SCHEMA.names if name not in meta.schema.names]
         if lacking:
-            raise DataError(f"data {self.directory.url}/{FILE}: there is no column {lacking[0]!r} (there: {', '.join(meta.schema.names)})")
+            raise DataError(
+                f"data {self.directory.url}/{self._file}: there is no column {lacking[0]!r} (there: {', '.join(meta.schema.names)})"
+            )
         return meta
 
     def _read_counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -160,7 +169,7 @@ class ShardTable:
 
     def _read_group(self, group: int) -> list[pa.Array]:
         columns = ["name", "split", "sha256"]
-        with _explained(self.directory):
+        with _explained(self.directory, self._file):
             table = self._open([group], columns).read_row_group(group, columns=columns, use_threads=False)
         return [table[name].combine_chunks() for name in columns]
 
@@ -173,8 +182,8 @@ class ShardTable:
     def _open(self, groups: Sequence[int], columns: list[str]) -> pq.ParquetFile:
         """The file, with what these columns take at hand where each request to the store would cost a round trip."""
         if self.directory.is_local:
-            return pq.ParquetFile(f"{self.directory.path}/{FILE}", metadata=self._meta)
-        return pq.ParquetFile(Ranges(self.directory, FILE, self._size, [self._span(g, columns) for g in groups]), metadata=self._meta)
+            return pq.ParquetFile(f"{self.directory.path}/{self._file}", metadata=self._meta)
+        return pq.ParquetFile(Ranges(self.directory, self._file, self._size, [self._span(g, columns) for g in groups]), metadata=self._meta)
 
     def _span(self, group: int, columns: list[str]) -> tuple[int, int]:
         """Bytes of the file, from and up to, that hold these columns of a row group (and what lies between them)."""
@@ -184,10 +193,10 @@ class ShardTable:
 
 
 @contextmanager
-def _explained(directory: Storage) -> Iterator[None]:
+def _explained(directory: Storage, name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"data {directory.url}/{FILE}: is missing") from None
+        raise DataError(f"data {directory.url}/{name}: is missing") from None
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"data {directory.url}/{FILE}: cannot be read ({e})") from e
+        raise DataError(f"data {directory.url}/{name}: cannot be read ({e})") from e

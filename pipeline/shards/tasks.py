@@ -117,7 +117,9 @@ def _summed(label: str, failed: dict[str, BaseException]) -> BaseException:
     kinds = {type(e) for e in failed.values()}
     kind = kinds.pop() if len(kinds) == 1 and kinds <= {DataError, StorageError} else InfrastructureError
     told = "; ".join(f"{name}: {_sentence(failed[name])}" for name in sorted(failed)[:_NAMED]) + ("; .." if len(failed) > _NAMED else "")
-    rest = "the others were given up" if len(failed) >= _MOST_FAILURES else "the others are finished, and the same command repeats these alone"
+    rest = (
+        "the others were given up" if len(failed) >= _MOST_FAILURES else "the others are finished, and the same command repeats these alone"
+    )
     return kind(f"{label}: {len(failed)} {'piece' if len(failed) == 1 else 'pieces'} of the work failed ({rest}): {told}")
 
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config.shard import Fetch
 from pipeline.core.errors import DataError, StorageError
-from pipeline.shards.images import Dropped
-from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable
+from pipeline.shards.dropped import Dropped
+from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable, stamp_of
 from pipeline.shards.sources.files import find_files
 from pipeline.shards.tars import Tape, read_blocks
 
@@ -44,13 +44,11 @@ class TarSource(Source):
         return [Part(name, size) for name, size in files]
 
     def survey(self) -> Survey:
-        """By the indices beside them; where there is none, by the number of bytes."""
+        """By the index beside the first of them; where there is none, by the number of bytes."""
         parts = self.parts()
-        rows, exact = 0, True
-        for part in parts:
-            index = self._index(part)
-            rows, exact = rows + (max(1, part.bytes // _GUESS) if index is None else len(index)), exact and index is not None
-        return Survey(rows, len(parts), sum(p.bytes for p in parts) / rows, 0, exact)
+        total, index = sum(p.bytes for p in parts), self._index(parts[0])
+        rows = max(1, total // _GUESS if index is None else round(len(index) * total / max(1, parts[0].bytes)))
+        return Survey(rows, len(parts), total / rows, 0, False, stamp_of(parts))
 
     def rows(self, part: Part) -> Iterator[Item | Lost | Ignored]:
         from pipeline.shards.index import TarIndex  # which knows how samples are made

@@ -1,6 +1,6 @@
 """What every kind of source is: parts that are listed cheaply, rows that are read part by part, bytes that are fetched for rows.
 
-    parts ──▶ rows (what there is, without the images' bytes) ──▶ a plan ──▶ fetch (the bytes of a shard's rows, in any order)
+parts ──▶ rows (what there is, without the images' bytes) ──▶ a plan ──▶ fetch (the bytes of a shard's rows, in any order)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config.shard import Fetch
 from pipeline.core.storage import Storage
-from pipeline.shards.images import Dropped
+from pipeline.shards.dropped import Dropped
 
 _DEFAULTS: tuple[Any, ...] = (None, {}, ())
 
@@ -87,13 +87,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Survey:
-    """What can be said before any row is read. `mean` bytes of an item, 0 where nobody knows; `exact`: `rows` is no estimate."""
+    """What can be said before any row is read. `mean` bytes of an item, 0 where nobody knows; `exact`: `rows` is no estimate. `stamp`
+    changes where the source may have changed: it is of the names, sizes and numbers of rows of its parts, or of its files."""
 
     rows: int
     parts: int
     mean: float
     classes: int
     exact: bool
+    stamp: str
 
 
 class Source(ABC):
@@ -130,10 +132,6 @@ class Source(ABC):
         """(place in `items`, its files or why there are none) of each, in any order. A body longer than `max_bytes` need not be read to its
         end; `share` workers fetch at the same time."""
 
-    def stamp(self) -> str:
-        """Changes where the source may have changed: of the names, sizes and numbers of rows of its parts."""
-        return hashlib.sha256(repr(self.parts()).encode("utf-8", "surrogateescape")).hexdigest()
-
     def classes(self) -> list[str]:
         """Names of classes that the source declares, in their order; others are found among its rows."""
         return []
@@ -141,6 +139,10 @@ class Source(ABC):
     def order(self, item: Item, key_order: int) -> int:
         """64 bits by which rows are shuffled, worked out of those of the key, where units larger than a row stay together."""
         return key_order
+
+
+def stamp_of(parts: list[Part]) -> str:
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def printable(text: str) -> str:

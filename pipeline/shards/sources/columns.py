@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
-from datetime import date, datetime, time
+from datetime import date, timedelta
+from datetime import time as datetime_time
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from pipeline.core.errors import DataError, choose
 
@@ -43,21 +46,30 @@ def choose_columns(kind: str, given: dict[str, str], there: Sequence[str], name:
     return chosen
 
 
-def as_json(value: Any) -> Any:
-    """The value as JSON has it; None for what it has not, such as bytes and numbers that are not finite."""
-    if value is None or isinstance(value, bool | int | str):
+def plain(value: Any) -> Any:
+    """A value of a table's column as JSON has it: numbers that are not finite become null, times ISO 8601, bytes base64.
+
+    Raises ValueError for a kind that is none of these.
+    """
+    if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Decimal):
-        return as_json(float(value))
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, list | tuple):
-        return [as_json(v) for v in value]
     if isinstance(value, dict):
-        return {str(k): as_json(v) for k, v in value.items()}
-    return None
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, date | datetime_time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, Decimal | timedelta | UUID):
+        return str(value)
+    if hasattr(value, "item"):  # numpy's scalars
+        return plain(value.item())
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise ValueError(f"a {type(value).__name__} has no form in JSON")
 
 
 def as_label(value: Any) -> tuple[str | None, int | None]:

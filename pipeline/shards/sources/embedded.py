@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from pipeline.config.shard import Fetch
 from pipeline.core.errors import DataError
-from pipeline.shards.images import Dropped
+from pipeline.shards.dropped import Dropped
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part
-from pipeline.shards.sources.columns import as_json, as_label
+from pipeline.shards.sources.columns import as_label, plain
 from pipeline.shards.sources.files import explained, open_parquet
 from pipeline.shards.sources.urls import TableFiles
 
@@ -83,7 +83,7 @@ class TableSource(TableFiles):
             class_name,
             text=caption if isinstance(caption, str) else None,
             label=class_id,
-            extra={k: kept for k, v in values.items() if (kept := as_json(v)) is not None},
+            extra={k: kept for k, v in values.items() if (kept := plain(v)) is not None},
             key=None if key is None else str(key),
             place=place,
         )

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 from pipeline.config.shard import Fetch
 from pipeline.core.errors import CredentialsError, DataError, StorageError
-from pipeline.core.storage import Storage
-from pipeline.shards.images import Dropped
+from pipeline.shards.dropped import Dropped
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -43,24 +42,18 @@ class FolderSource(Source):
                 raise DataError(f"shard.source.url: {self.storage.url} is a file, this names a folder of images")
             return [Part("", 0), *(Part(name, 0) for name, size in entries if size is None)]
 
-    def stamp(self) -> str:
-        digest = hashlib.sha256()
-        for part in self.parts():
-            for path, size in self._files(part):
-                digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-
     def survey(self) -> Survey:
-        rows, size, classes = 0, 0, set[str]()
+        rows, size, classes, digest = 0, 0, set[str](), hashlib.sha256()
         parts = self.parts()
         for part in parts:
             for item in self.rows(part):
                 if isinstance(item, Item):
                     rows, size = rows + 1, size + item.bytes
                     classes.update([item.class_name] if item.class_name is not None else [])
+                    digest.update(f"{item.path}\0{item.bytes}\0".encode("utf-8", "surrogateescape"))
         if not rows:
             self._refuse()
-        return Survey(rows, len(parts), size / rows, len(classes), True)
+        return Survey(rows, len(parts), size / rows, len(classes), True, digest.hexdigest())
 
     def rows(self, part: Part) -> Iterator[Item | Lost | Ignored]:
         images: list[tuple[str, int]] = []
@@ -118,7 +111,9 @@ class FolderSource(Source):
                 self.storage.names(part.name)
 
     def _refuse(self) -> None:
-        raise DataError(f"shard.source.url: the folder {self.storage.url} holds no images (known by their suffix: {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(
+            f"shard.source.url: the folder {self.storage.url} holds no images (known by their suffix: {', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from pipeline.config.shard import Fetch
 from pipeline.core.errors import DataError
-from pipeline.shards.images import Dropped
-from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey
-from pipeline.shards.sources.columns import as_json, as_label, choose_columns
+from pipeline.shards.dropped import Dropped
+from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, stamp_of
+from pipeline.shards.sources.columns import as_label, choose_columns, plain
 from pipeline.shards.sources.files import (
     TABLES,
     BadRow,
@@ -83,8 +83,8 @@ class TableFiles(Source):
             whole = len(sample) < _SAMPLED and len(unknown) == 1
             length = sum(len(str(v)) + 1 for row in sample for v in (row.values() if isinstance(row, dict) else ())) or 1
             rows += len(sample) if whole else round(sum(p.bytes for p in unknown) / max(1, length / max(1, len(sample))))
-            return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), whole)
-        return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), True)
+            return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), whole, stamp_of(parts))
+        return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), True, stamp_of(parts))
 
     def mean_bytes(self) -> float:
         return 0.0
@@ -128,7 +128,7 @@ class UrlSource(TableFiles):
                 class_name,
                 text=caption if isinstance(caption, str) else None,
                 label=class_id,
-                extra={k: kept for k, v in row.items() if (kept := as_json(as_number(v) if is_text else v)) is not None},
+                extra={k: kept for k, v in row.items() if (kept := plain(as_number(v) if is_text else v)) is not None},
                 key=None if key is None else str(key),
             )
         self.check_rows(part, number + 1)
