@@ -57,27 +57,3 @@ def test_a_label_beside_a_flat_image(png: bytes) -> None:
 def test_bad_side_files_are_a_reason(png: bytes, reason: str, side: dict[str, bytes]) -> None:
     sample = make(png, **side)
     assert isinstance(sample, Dropped) and sample.reason == reason
-
-
-def test_a_vanished_file_is_unreadable_but_a_vanished_folder_is_an_error(tmp_path: Path, png: bytes) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "b.png").write_bytes(png)
-    samples = [(sample_key(p), Item(p, 1)) for p in ("a.png", "b.png")]
-    source = FolderSource(str(tmp_path / "in"))
-    (_, first), (_, second) = read_samples(source, samples, Recipe(), [])
-    assert first == Dropped("unreadable", "the file vanished after it was listed")
-    assert isinstance(second, Sample)
-    (tmp_path / "in").rename(tmp_path / "out")
-    with pytest.raises(DataError, match="no longer there"):
-        list(read_samples(source, samples, Recipe(), []))
-
-
-def test_names_that_are_not_utf8(tmp_path: Path, png: bytes) -> None:
-    import os
-
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
-        file.write(png)
-    listing = FolderSource(str(tmp_path)).scan()
-    ((_, sample),) = read_samples(FolderSource(str(tmp_path)), [(sample_key(i.path), i) for i in listing.items], Recipe(), [])
-    assert isinstance(sample, Sample)
-    assert json.loads(sample.meta) == {"source": "caf\ufffd.png"}
