@@ -102,7 +102,7 @@ def _make(shard: Shard, directory: Storage, found: Manifest | None, state: _Stat
     if state is not None and survey.stamp == state.stamp:
         return None
     version = found.version + 1 if found else 1
-    header = Header(version, dataset_fingerprint(shard), shard.source.url, survey.stamp, [])
+    header = Header(version, dataset_fingerprint(shard), shard.source.url, survey.stamp, source.classes())
     earlier, firsts = Earlier(), dict[str, int]()
     if found is not None and state is not None:
         header = Header(version, header.config, header.source, header.stamp, state.classes, state.rows_a_shard)

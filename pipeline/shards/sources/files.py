@@ -83,13 +83,15 @@ def kind_of(name: str) -> str:
     return words[-1] if len(words) > 1 else ""
 
 
-def each(action: Callable[[T], U], files: Sequence[T], name: Callable[[T], str]) -> list[U]:
+def each(action: Callable[[T], U], files: Sequence[T]) -> list[U]:
     """The result of `action` for each file, several at once.
 
     Raises:
         DataError: naming all files for which it failed.
     """
     failed: list[str] = []
+    if len(files) == 1:
+        return [action(files[0])]
 
     def tried(file: T) -> U | None:
         try:
@@ -103,8 +105,7 @@ def each(action: Callable[[T], U], files: Sequence[T], name: Callable[[T], str])
     if failed:
         failed.sort()
         more = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
-        count = f"{len(failed)} of {len(files)} files cannot be read: " if len(files) > 1 else ""
-        raise DataError(f"shard.source.url: {count}{'; '.join(failed[:_NAMED])}{more}")
+        raise DataError(f"shard.source.url: {len(failed)} of {len(files)} tables cannot be used: {'; '.join(failed[:_NAMED])}{more}")
     return [r for r in results if r is not None]
 
 
@@ -157,7 +158,10 @@ def _stream(directory: Storage, name: str, size: int) -> pa.NativeFile:
 
 def _csv_columns(directory: Storage, name: str, size: int, delimiter: str) -> list[str]:
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip")
-    with _stream(directory, name, size) as stream, pa.csv.open_csv(stream, pa.csv.ReadOptions(False, block_size=_BLOCK), parse) as reader:
+    with (
+        _stream(directory, name, size) as stream,
+        pa.csv.open_csv(stream, pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK), parse) as reader,
+    ):
         return reader.schema.names
 
 
@@ -172,7 +176,7 @@ def _read_csv(directory: Storage, name: str, size: int, delimiter: str) -> Itera
     names = _csv_columns(directory, name, size, delimiter)
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip)
     convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()), check_utf8=False)
-    read = pa.csv.ReadOptions(False, block_size=_BLOCK)
+    read = pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK)
     with _stream(directory, name, size) as stream, pa.csv.open_csv(stream, read, parse, convert) as reader:
         for batch in reader:
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):

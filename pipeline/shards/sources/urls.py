@@ -50,7 +50,7 @@ class TableFiles(Source):
         """Of Parquet every footer is read, so that broken files and missing columns are known before anything starts."""
         if self._parts is None:
             self.storage, files = find_files(self.url, self.kinds, "tables")
-            parts = each(lambda file: self._part(*file), files, lambda file: file[0])
+            parts = each(lambda file: self._part(*file), files)
             first = next((p for p in parts if p.rows is None), None)
             if first is not None:
                 self.chosen(first)

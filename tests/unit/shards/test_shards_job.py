@@ -123,7 +123,9 @@ def test_an_error_inside_a_task_is_told_in_its_own_words(tree: Path, tmp_path: P
         raise StorageError(f"storage x/{name}: no permission to write")
 
     monkeypatch.setattr(job, "fill_shard", broken)
-    with pytest.raises(StorageError, match=r"^shard: \d pieces of the work failed .*: test-00000.tar: storage x/test-00000.tar: no permission"):
+    with pytest.raises(
+        StorageError, match=r"^shard: \d pieces of the work failed .*: test-00000.tar: storage x/test-00000.tar: no permission"
+    ):
         make_dataset(config(tree), Storage(str(tmp_path / "shards")))
 
 

@@ -2,16 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from pipeline.core.errors import DataError
 from pipeline.shards.images import Dropped
-from pipeline.shards.layout import sample_key
-from pipeline.shards.samples import Files, Recipe, Sample, make_sample, read_samples
-from pipeline.shards.sources import FolderSource, Item
+from pipeline.shards.samples import Files, Recipe, Sample, make_sample
+from pipeline.shards.sources import Item
 
 
 @pytest.fixture
