@@ -24,6 +24,7 @@ from pipeline.checkpoint.run import flatten, kept_micro_batch, run_directory, tr
 from pipeline.config import Config, fingerprint
 from pipeline.config.data import Data
 from pipeline.core.errors import CheckpointError, TesseraError, choose
+from pipeline.core.functions import load_function
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -103,6 +104,8 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         check_deepspeed(p)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
+        if config.shard.filter is not None:
+            load_function("shard.filter", config.shard.filter)
     if config.shard and write:  # a plan reads no weights
         check_scores(config.shard.scores, endpoint)
         check_lists(config.shard.takedown, endpoint)
@@ -178,11 +181,10 @@ def _survey(config: Config, before: Sequence[Config], fresh: bool) -> tuple[int,
         return samples, facts(classes), None, True
     maker = next((c for c in [*before, config] if c.shard and (c is config or made_by([c]) & _data_urls(config))), None)
     if maker and maker.shard and not find_made(maker.shard, run_directory(maker) / "shards"):
-        listing = open_source(maker.shard.source).scan()
-        samples = max(1, round(len(listing.items) * maker.shard.splits[p.split]))
-        mean = sum(item.bytes for item in listing.items) / max(1, len(listing.items))
-        reading = Reading(mean, p.loader.block or (1 if _is_local(config) else BLOCK))
-        return samples, facts(len(listing.classes)), reading, True
+        survey = open_source(maker.shard.source).survey()
+        samples = max(1, round(survey.rows * maker.shard.splits[p.split]))
+        reading = Reading(survey.mean, p.loader.block or (1 if _is_local(config) else BLOCK))
+        return samples, facts(survey.classes), reading, True
     data = _open_data(config, config.data or [Data(url=(run_directory(config) / "shards").url)])
     return data.samples, facts(len(data.classes)), data.reading, False
 
@@ -276,7 +278,9 @@ class _Stages:
     def _shard(self) -> None:
         directory = self.run.directory / "shards"
         with self._stage("shard") as tracker, self._timed("shard", "folder to shards"):
-            manifest, metrics = make_dataset(self.config, directory)
+            # A run that has begun to train goes on with the data it began with.
+            has_trained = self.config.pretrain is not None and bool(Checkpoints(self.run.directory).steps())
+            manifest, metrics = make_dataset(self.config, directory, grow=not has_trained)
             tracker.tags({"dataset.hash": manifest.hash})
             tracker.metrics(metrics | self._mark(directory))
 

@@ -80,8 +80,7 @@ class Storage:
         # An instance reused after a fork raises in s3fs; a new process opens its own.
         if self._fs is None or self._pid != os.getpid():
             options: dict[str, Any] = {"use_listings_cache": False} if self.protocol in (*stores.S3, *_OTHER_STORES) else {}
-            if self.protocol in stores.S3:
-                options |= _S3_OPTIONS
+            options |= _S3_OPTIONS if self.protocol in stores.S3 else {}
             if self.endpoint and self.protocol in (*stores.S3, "gs", "gcs"):
                 options["endpoint_url"] = self.endpoint
             try:
@@ -155,13 +154,18 @@ class Storage:
             except FileNotFoundError:
                 return []
 
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """(path relative to this directory, bytes) of every file below it, sorted by path."""
+    def entries(self) -> list[tuple[str, int | None]]:
+        """Sorted (name, bytes, None of a directory) of what lies directly here; empty where there is no such directory."""
         with self._explained("list", ""):
-            found = self.fs.find(self.path, detail=True)
-        root = self.fs._strip_protocol(self.path).rstrip("/")
+            return stores.entries(self.fs, self._at(""))
+
+    def walk(self, pattern: str | None = None) -> Iterator[tuple[str, int]]:
+        """(path relative to this directory, bytes) of every file below it, or of those that fit a pattern (`*/*.csv`), sorted by path."""
+        with self._explained("list", ""):
+            found = self.fs.glob(f"{self.path}/{pattern}", detail=True) if pattern else self.fs.find(self.path, detail=True)
+        root = len(self.fs._strip_protocol(self.path).rstrip("/"))
         for path in sorted(found):
-            yield path[len(root) :].lstrip("/"), int(found[path].get("size") or 0)
+            yield path[root:].lstrip("/"), int(found[path].get("size") or 0)
 
     def get(self, key: str, local: Path) -> None:
         with self._explained("read", key):

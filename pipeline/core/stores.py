@@ -41,6 +41,15 @@ def head(fs: Any, protocol: str, path: str) -> Head:
     return Head(int(info["size"]), bytes(raw).hex() if raw else None)
 
 
+def entries(fs: Any, path: str) -> list[tuple[str, int | None]]:
+    """Sorted (name, bytes, None of a directory) of what lies directly at `path`."""
+    try:
+        found = fs.ls(path, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted((e["name"].rstrip("/").rsplit("/", 1)[-1], None if e["type"] == "directory" else int(e.get("size") or 0)) for e in found)
+
+
 def part_size(size: int) -> int:
     """Bytes of a part of an upload of `size` bytes to S3; up to twice as many go in one piece."""
     return max(_PART, math.ceil(size / _MOST_PARTS))

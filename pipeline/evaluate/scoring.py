@@ -97,7 +97,7 @@ def score_columns(score: Score, endpoint: str | None, where: str) -> Columns:
     }
     named = fingerprint(made_of)
     return Columns(
-        {score.column: pa.float64()}, named, Similarity(card, weights, named), frozenset({"image", "txt"}), score.batch, score.gpus, where
+        {score.column: pa.float64()}, named, Similarity(card, weights, named), frozenset({"image", "txt"}), score.batch, score.gpus
     )
 
 

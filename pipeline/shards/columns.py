@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.core.errors import DataError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.manifest import ShardRecord, encode_index, read_manifest
+from pipeline.shards.manifest import ShardRecord, ShardTable, encode_index, read_manifest
 from pipeline.shards.passes import over_shards
 from pipeline.shards.rows import Row, read_index, read_rows
 
@@ -33,7 +33,7 @@ class Columns:
 
     `types`: of numbers, by name. `fingerprint`: of all that decides the values. `make` gets at most `batch` rows, neighbours in their
     shard, with the members that `needs` names (image, txt, json), and returns for each of `types` a value a row, None where there is none;
-    it is pickled once, and runs in many processes, one call at a time. `gpus` is the share of a GPU that a task has. `where` begins errors.
+    it is pickled once, and runs in many processes, one call at a time. `gpus` is the share of a GPU that a task has.
     """
 
     types: dict[str, pa.DataType]
@@ -42,7 +42,6 @@ class Columns:
     needs: frozenset[str] = frozenset({"image"})
     batch: int = 64
     gpus: float = 0
-    where: str = "columns"
 
     def is_in(self, schema: pa.Schema) -> bool:
         """Whether an index has them, made by the same."""
@@ -128,7 +127,7 @@ def add_columns(directory: Storage, columns: Columns, workers: int | None = None
     """
     manifest, known = read_manifest(directory), find_columns(directory)
     wanted = {FINGERPRINT: columns.fingerprint, "dataset": manifest.hash}
-    if all(wanted.items() <= known.get(name, {}).items() for name in columns.types):
+    if all(wanted.items() <= known.get(name, {}).items() for name in columns.types) and _are_in(directory, columns):
         say(f"{label:<12} {', '.join(columns.types)}: there already")
         return {name: known[name] for name in columns.types}
     stale = [name for name in columns.types if known.get(name, wanted)[FINGERPRINT] != columns.fingerprint]
@@ -136,22 +135,22 @@ def add_columns(directory: Storage, columns: Columns, workers: int | None = None
         known = {name: about for name, about in known.items() if name not in stale}
         directory.write(FILE, _encode(known))
     sums = {name: _Sum() for name in columns.types}
-    tasks = over_shards(
-        label,
-        directory,
-        add_to_shard,
-        (directory, columns),
-        lambda: f"{sum(s.computed for s in sums.values()) // len(sums):,} shards computed",
-        where=columns.where,
-        workers=workers,
-        gpus=columns.gpus,
-    )
+
+    def told() -> str:
+        return f"{sum(s.computed for s in sums.values()) // len(sums):,} shards computed"
+
+    tasks = over_shards(label, directory, add_to_shard, (directory, columns), told, workers, columns.gpus)
     for added in tasks:
         for name, part in added.parts.items():
             sums[name].add(part, added.computed)
     known |= {name: wanted | sums[name].about() for name in columns.types}
     directory.write(FILE, _encode(known))
     return {name: known[name] for name in columns.types}
+
+
+def _are_in(directory: Storage, columns: Columns) -> bool:
+    """Whether the first shard has them indeed: indices can be made anew by hand."""
+    return columns.is_in(read_index(directory, ShardTable(directory)[0].index_name).schema)
 
 
 def add_to_shard(record: ShardRecord, directory: Storage, columns: Columns) -> Added:

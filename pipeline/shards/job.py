@@ -1,44 +1,58 @@
-"""Stage 1 on Ray: one task a shard, a manifest at the end.
+"""Stage 1 on Ray: a plan, a task a shard, a manifest at the end; and again, with what is new, for the next version.
 
 Whatever the number of workers, the result is the same to the last byte: what goes into which shard is planned before
-anything starts, and nothing of the machine, the time or the order of arrival is written down.
+anything is read, and nothing of the machine, the time or the order of arrival is written down. Every piece of work that is
+finished leaves a record (`records.py`), so the same command goes on where a job was killed.
+
+A shard of which no sample is left is not written, and its number stays free.
 """
 
 from __future__ import annotations
 
+import heapq
+import json
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.config import Config, fingerprint
-from pipeline.config.shard import Shard, ShardImages
+from pipeline.config.shard import Shard
 from pipeline.core import progress
-from pipeline.core.errors import DataError
+from pipeline.core.errors import CredentialsError, DataError, StorageError
 from pipeline.core.storage import Storage
-from pipeline.shards.images import Dropped
-from pipeline.shards.layout import PlannedShard, plan_shards
+from pipeline.shards.fill import Filling, fill_shard
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
-from pipeline.shards.samples import Sample, printable, read_samples
-from pipeline.shards.sources import FolderSource, Listing, open_source
-from pipeline.shards.writer import WrittenShard, write_shard
+from pipeline.shards.plan import Header, Plan, Planner
+from pipeline.shards.records import run_recorded
+from pipeline.shards.samples import printable
+from pipeline.shards.shuffle import Earlier
+from pipeline.shards.sources import Source, open_source
+from pipeline.shards.table import ShardTable
+
+WORK = ".plan"  # beside the shards: plans, records, and what the next version needs of this one
+_STATE = "state.json"
+_DECIDES = {"images", "text", "filter", "splits", "size", "samples", "shuffle"}
 
 
 @dataclass(frozen=True)
-class ShardResult:
-    """What one task sends back; `named` is the first `NAMED` of its drops, by file."""
+class _State:
+    """What the next version needs to know of a finished one: the stamp of its source, and by version the ranges of keys in `known/`."""
 
-    written: WrittenShard | None
-    dropped: dict[str, int]
-    named: list[dict[str, str]]
+    version: int
+    stamp: str
+    classes: list[str]
+    rows_a_shard: int | None
+    groups: list[int]
 
 
-def make_dataset(config: Config, directory: Storage) -> tuple[Manifest, dict[str, float]]:
+def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple[Manifest, dict[str, float]]:
     """Make the dataset that `config.shard` describes at `directory`, or find that it is there already.
 
     Needs a Ray that is initialised. Returns the manifest and metrics (`shard/read`, `shard/images_per_s`, ..), which are
-    empty where the dataset was there already. An unfinished or different dataset at `directory` is replaced.
+    empty where the dataset was there already. Rows that its source has got since make a further version, if it may `grow`:
+    those whose key is new; rows that are gone from the source stay, and what changed under a key it has is not read again. An
+    unfinished dataset is gone on with, a different one at `directory` is replaced.
 
     Raises:
         UserError: the source or the directory cannot be used, a split is empty, or every sample was dropped.
@@ -46,18 +60,13 @@ def make_dataset(config: Config, directory: Storage) -> tuple[Manifest, dict[str
     """
     shard = config.shard
     assert shard is not None, "called for a config with a shard section"
-    found = find_made(shard, directory)
-    if found is not None:
+    found, start = find_made(shard, directory), time.monotonic()
+    made = _grow(shard, directory, found, grow) if found is not None else _make(shard, directory, None, None)
+    if made is None:
+        assert found is not None, "only a dataset that is there can have nothing new"
         progress.say(f"shard        the dataset is there already: {found.written:,} samples in {directory.url}")
         return found, {}
-    start = time.monotonic()
-    source = open_source(shard.source)
-    listing = source.scan()
-    planned = plan_shards(listing.items, shard.splits, shard.size)
-    _clear(directory)
-    manifest, shards = _summarise(shard, listing, _write_all(shard, source, listing, planned, directory))
-    publish(directory, shards, manifest)
-    return manifest, _metrics(manifest, time.monotonic() - start)
+    return made, _metrics(made, found, time.monotonic() - start)
 
 
 def find_made(shard: Shard, directory: Storage) -> Manifest | None:
@@ -67,93 +76,204 @@ def find_made(shard: Shard, directory: Storage) -> Manifest | None:
 
 
 def dataset_fingerprint(shard: Shard) -> str:
-    """Of what decides the bytes; where the images come from and how many workers read them does not."""
-    decides = shard.model_dump(mode="json", include={"images", "splits", "size"})
+    """Of what decides the bytes; where the images come from, how they are fetched and how many workers read them does not."""
+    decides = shard.model_dump(mode="json", include=_DECIDES)
     return fingerprint({**decides, "source": {"format": shard.source.format, "columns": shard.source.columns}})
 
 
-def write_planned(planned: PlannedShard, source: FolderSource, images: ShardImages, classes: list[str], directory: Storage) -> ShardResult:
-    """Read, check and write the samples of one shard (the body of a Ray task)."""
-    drops: list[dict[str, str]] = []
-
-    def good() -> Iterator[Sample]:
-        for item, sample in read_samples(source, planned.samples, images, classes):
-            if isinstance(sample, Dropped):
-                drops.append({"file": printable(item.path), "reason": sample.reason, "detail": sample.detail})
-            else:
-                yield sample
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise
-        written = write_shard(directory, planned.name, planned.split, good())
-    drops.sort(key=lambda d: d["file"])
-    return ShardResult(written, dict(Counter(d["reason"] for d in drops)), drops[:NAMED])
+def _grow(shard: Shard, directory: Storage, found: Manifest, grow: bool) -> Manifest | None:
+    """The next version, or None where the source has nothing new."""
+    state = _read_state(directory)
+    if state is None or state.version != found.version:
+        return None  # made elsewhere or by others: what its rows were is not known
+    _tidy(directory, found.version)
+    return _make(shard, directory, found, state) if grow else None
 
 
-def _write_all(shard: Shard, source: FolderSource, listing: Listing, planned: list[PlannedShard], directory: Storage) -> list[ShardResult]:
-    """Results in no particular order."""
-    jobs, shared = [(len(p.samples), (p,)) for p in planned], (source, shard.images, listing.classes, directory)
-    results, dropped = list[ShardResult](), Counter[str]()
-    from pipeline.shards.tasks import run_tasks  # Ray comes with it, of which a plan has no need
+def _make(shard: Shard, directory: Storage, found: Manifest | None, state: _State | None) -> Manifest | None:
+    source = open_source(shard.source)
+    try:
+        survey = source.survey()
+    except (DataError, StorageError, CredentialsError) as e:
+        if found is None:
+            raise
+        progress.say(f"warning: the dataset stays as it is, its source cannot be looked at ({e})")
+        return None
+    if state is not None and survey.stamp == state.stamp:
+        return None
+    version = found.version + 1 if found else 1
+    header = Header(version, dataset_fingerprint(shard), shard.source.url, survey.stamp, source.classes())
+    earlier, firsts = Earlier(), dict[str, int]()
+    if found is not None and state is not None:
+        header = Header(version, header.config, header.source, header.stamp, state.classes, state.rows_a_shard)
+        earlier = Earlier([(_place(directory, n), groups) for n, groups in enumerate(state.groups, 1)])
+        firsts = _free_numbers(directory, found.version)
+    from pipeline.shards.tasks import default_workers  # Ray comes with it, of which a plan has no need
 
-    for result in run_tasks("shard", "images", write_planned, jobs, shared, shard.workers, lambda: f"{dropped.total():,} dropped"):
-        results.append(result)
-        dropped.update(result.dropped)
-    return results
+    place, workers = _place(directory, version), shard.workers or default_workers()
+    plan = Planner(shard, source, header, survey.rows, earlier, place, workers).plan(firsts)
+    if found is not None and not plan.header.read:
+        place.remove()
+        _write_state(directory, plan.header, state, found.version)
+        return None
+    _begin(directory, place, is_first=found is None)
+    filled = _fill(shard, source, plan, place, directory, workers)
+    manifest, shards = _summarise(shard, plan, filled, found, directory)
+    _write_state(directory, plan.header, state, version)
+    publish(directory, shards, manifest)
+    _tidy(directory, version)
+    return manifest
 
 
-def _clear(directory: Storage) -> None:
-    """Remove what an unfinished or different dataset left, its manifest first, and find out whether we may write here."""
-    directory.remove("manifest.json")
-    for name in directory.names():
-        if name.endswith((".tar", ".index.parquet")) or name == "shards.parquet" or name.startswith(".tmp-"):
-            directory.remove(name)
+@dataclass
+class _Filled:
+    """What is kept of the shards as they are written."""
+
+    records: list[ShardRecord] = field(default_factory=list)
+    smallest: tuple[int, int] = (2**31, 2**31)
+    largest_label: int = -1
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    named: list[dict[str, str]] = field(default_factory=list)
+    bytes: int = 0
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.read += result["read"]
+        self.dropped.update(result["dropped"])
+        if result["named"]:
+            self.named = heapq.nsmallest(NAMED, self.named + result["named"], key=lambda d: d["file"])
+        if result["record"] is not None:
+            self.records.append(ShardRecord(**result["record"]))
+            self.bytes += self.records[-1].bytes
+            width, height = result["smallest"]
+            self.smallest = min(self.smallest[0], width), min(self.smallest[1], height)
+        self.largest_label = max(self.largest_label, result["largest_label"])
+
+
+def _fill(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
+    filled, start = _Filled(), time.monotonic()
+    shared = (Filling.of(source, shard, plan.header.classes, workers), place, directory)
+
+    def told() -> str:
+        rate = filled.bytes / 1e6 / max(1e-3, time.monotonic() - start)
+        kept = 1 - filled.dropped.total() / max(1, filled.read)
+        return f"{rate:,.1f} MB/s, {kept:.1%} kept, {filled.dropped.total():,} dropped"
+
+    for result in run_recorded("shard", "images", "fill", fill_shard, plan.jobs, shared, place, workers, told):
+        filled.add(result)
+    return filled
+
+
+def _place(directory: Storage, version: int) -> Storage:
+    return directory / WORK / f"v{version}"
+
+
+def _begin(directory: Storage, place: Storage, is_first: bool) -> None:
+    """Before the first shard of a plan is written: what an unfinished or different dataset left goes, its manifest first."""
+    if place.exists("cleared"):
+        return
+    if is_first:
+        directory.remove("manifest.json")
+        for name in directory.names():
+            if name != WORK and _is_ours(name):
+                directory.remove(name)
+        for name in (directory / WORK).names():
+            if name != "v1":
+                (directory / WORK).remove(name)
+        directory.abort_uploads("")
     directory.check_writable()
+    place.write("cleared", b"")
 
 
-def _summarise(shard: Shard, listing: Listing, results: list[ShardResult]) -> tuple[Manifest, list[ShardRecord]]:
-    written = sorted((r.written for r in results if r.written is not None), key=lambda w: w.record.name)
-    dropped: Counter[str] = Counter()
-    for result in results:
-        dropped.update(result.dropped)
-    splits = dict.fromkeys(sorted(shard.splits), 0)
-    for one in written:
-        splits[one.record.split] += one.record.samples
+def _is_ours(name: str) -> bool:
+    is_version = name.startswith(("manifest-v", "shards-v")) and name.endswith((".json", ".parquet"))
+    return (
+        is_version
+        or name.endswith((".tar", ".index.parquet"))
+        or name in ("shards.parquet", "columns.json", "deny")
+        or name.startswith(".tmp-")
+    )
+
+
+def _tidy(directory: Storage, version: int) -> None:
+    """Remove what served to make a version, except the keys of its rows, and files that a killed job left half-written."""
+    place = _place(directory, version)
+    for name in place.names():
+        if name != "known":
+            place.remove(name)
+    for name in directory.names():
+        if name.startswith(".tmp-"):
+            directory.remove(name)
+
+
+def _read_state(directory: Storage) -> _State | None:
+    try:
+        return _State(**json.loads((directory / WORK).read(_STATE)))
+    except FileNotFoundError:
+        return None
+
+
+def _write_state(directory: Storage, header: Header, before: _State | None, version: int) -> None:
+    groups = (before.groups if before else []) + ([header.groups] if header.read else [])
+    state = _State(version, header.stamp, header.classes, header.rows_a_shard, groups[:version])
+    (directory / WORK).write(_STATE, json.dumps(state.__dict__).encode())
+
+
+def _free_numbers(directory: Storage, version: int) -> dict[str, int]:
+    """By split, the number after those of all its shards."""
+    numbers: dict[str, int] = {}
+    for record in ShardTable(directory, version=version):
+        number = int(record.name.removesuffix(".tar").rpartition("-")[2])
+        numbers[record.split] = max(numbers.get(record.split, 0), number + 1)
+    return numbers
+
+
+def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, directory: Storage) -> tuple[Manifest, list[ShardRecord]]:
+    """The manifest and all shards of a version, those of the versions before it among them."""
+    header = plan.header
+    dropped = Counter(header.dropped) + new.dropped
+    splits = dict.fromkeys(sorted(shard.splits), 0) | (found.splits if found else {})
+    for record in new.records:
+        splits[record.split] += record.samples
     reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
-    if not written:
-        raise DataError(f"shard.source.url: none of the {len(listing.items)} images in {shard.source.url} can be used ({reasons})")
+    if not new.records and found is None:
+        raise DataError(f"shard.source.url: none of the {header.read} images in {shard.source.url} can be used ({reasons})")
     for split, count in splits.items():
         if count == 0:
             raise DataError(f"shard.splits.{split}: all of its images were dropped (of the whole source: {reasons})")
-    shards = [w.record for w in written]
-    named = sorted((d for r in results for d in r.named), key=lambda d: d["file"])
+    shards = ([*ShardTable(directory, version=found.version)] if found else []) + new.records
+    named = heapq.nsmallest(NAMED, [*header.named, *new.named, *(found.dropped_samples if found else [])], key=lambda d: d["file"])
+    smallest = new.smallest if found is None else (min(new.smallest[0], found.smallest[0]), min(new.smallest[1], found.smallest[1]))
+    most = max(new.largest_label + 1, len(found.classes) if found else 0)
     manifest = Manifest(
         hash=dataset_hash(shards),
-        config=dataset_fingerprint(shard),
+        config=header.config,
         source=shard.source.url,
-        # Labels from side files have no names but their numbers.
-        classes=[printable(c) for c in listing.classes] or [str(n) for n in range(max(w.largest_label for w in written) + 1)],
+        # Labels without names have their numbers.
+        classes=[printable(c) for c in header.classes] or [str(n) for n in range(most)],
         splits=splits,
         bytes=sum(s.bytes for s in shards),
-        read=len(listing.items),
+        read=header.read + (found.read if found else 0),
         written=sum(splits.values()),
-        decoded=True,
-        ignored=listing.ignored,
-        dropped=dict(sorted(dropped.items())),
-        dropped_samples=named[:NAMED],
-        smallest=(min(w.smallest[0] for w in written), min(w.smallest[1] for w in written)),
+        decoded=shard.images.check == "decode",
+        ignored=header.ignored,
+        dropped=dict(sorted((dropped + Counter(found.dropped if found else {})).items())),
+        dropped_samples=named,
+        smallest=smallest,
+        version=header.version,
     )
     assert manifest.read == manifest.written + sum(manifest.dropped.values()), "every image is written or dropped"
     return manifest, shards
 
 
-def _metrics(manifest: Manifest, seconds: float) -> dict[str, float]:
+def _metrics(manifest: Manifest, before: Manifest | None, seconds: float) -> dict[str, float]:
+    read = manifest.read - (before.read if before else 0)
     return {
         "shard/read": manifest.read,
         "shard/written": manifest.written,
         "shard/dropped": manifest.read - manifest.written,
         "shard/ignored": manifest.ignored,
         "shard/bytes": manifest.bytes,
-        "shard/images_per_s": manifest.read / seconds,
+        "shard/images_per_s": read / seconds,
         "shard/seconds": seconds,
     }

@@ -1,13 +1,13 @@
-"""Which sample goes where, worked out from the listing alone: the same for any machine and number of workers."""
+"""Which sample goes where, worked out from what is listed alone: the same for any machine and number of workers."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from itertools import accumulate
 
-from pipeline.core.errors import DataError
-from pipeline.shards.sources import Item
+import numpy as np
+
+from pipeline.shards.sources.base import Item
 
 _KEY_DIGITS = 20  # 80 bits: two among a thousand million paths coincide with probability 4e-7
 _TAR_END = 10240  # the end-of-archive record
@@ -15,18 +15,19 @@ _MEMBER = 1024  # a member's header and padding, at most
 _JSON = 512  # what we add to the json member, apart from the path
 
 
-@dataclass(frozen=True)
-class PlannedShard:
-    """`samples` are (key, item) in the order in which they are written."""
-
-    name: str
-    split: str
-    samples: list[tuple[str, Item]]
+def sample_key(identity: str) -> str:
+    """20 hex digits of the SHA-256 of a relative path, a URL or whatever names the sample."""
+    return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:_KEY_DIGITS]
 
 
-def sample_key(path: str) -> str:
-    """20 hex digits of the SHA-256 of a relative path."""
-    return hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:_KEY_DIGITS]
+def key_order(key: str) -> int:
+    """64 bits by which samples are shuffled. Splits are read off the key's leading digits, so the order comes from a second hash."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def group_of(orders: np.ndarray, groups: int) -> np.ndarray:
+    """Which of `groups` equal ranges of the 64 bits each order is in: int64 (rows,), of uint64 (rows,)."""
+    return (((orders >> np.uint64(32)) * np.uint64(groups)) >> np.uint64(32)).astype(np.int64)
 
 
 def split_of(key: str, splits: dict[str, float]) -> str:
@@ -40,39 +41,31 @@ def split_of(key: str, splits: dict[str, float]) -> str:
 
 
 def planned_bytes(item: Item) -> int:
-    """An upper bound of what the sample takes in a tar, for an image that keeps its bytes."""
-    members = 2 + (item.class_name is not None or "cls" in item.side) + ("txt" in item.side)
-    return item.bytes + members * _MEMBER + _JSON + 6 * len(item.path)  # JSON may spell a letter \u1234
+    """An upper bound of what the sample takes in a tar, for an image that keeps its bytes; of what a table has beside it, about."""
+    has_label = item.class_name is not None or item.label is not None or "cls" in item.side
+    members = 2 + has_label + ("txt" in item.side or item.text is not None)
+    beside = 4 * len(item.text or "") + sum(len(k) + 2 * len(str(v)) + 8 for k, v in item.extra.items())
+    return item.bytes + members * _MEMBER + _JSON + 6 * len(item.path) + beside  # JSON may spell a letter \u1234
 
 
-def plan_shards(items: list[Item], splits: dict[str, float], size: int) -> list[PlannedShard]:
-    """Shuffled by hash, cut into splits, and each split into shards of at most `size` bytes (one sample at least).
-
-    Raises:
-        DataError: a split gets no samples.
-    """
-    placed: dict[str, list[tuple[str, Item]]] = {name: [] for name in sorted(splits)}
-    for item in items:
-        key = sample_key(item.path)
-        placed[split_of(key, splits)].append((key, item))
-    planned = []
-    for split, samples in placed.items():
-        if not samples:
-            raise DataError(f"shard.splits.{split}: a share of {splits[split]:g} leaves it none of the {len(items)} images")
-        # The split is read off the key's leading digits, so the order comes from a second hash.
-        samples.sort(key=lambda s: hashlib.sha256(s[0].encode()).digest())
-        planned += [PlannedShard(f"{split}-{n:05d}.tar", split, part) for n, part in enumerate(_cut(samples, size - _TAR_END))]
-    return planned
+def cut_by_bytes(sizes: np.ndarray, size: int) -> list[slice]:
+    """Neighbouring rows with int64 (rows,) bytes each, as shards of at most `size` bytes, or one row."""
+    ends, first, cuts = np.cumsum(sizes), 0, list[slice]()
+    while first < len(sizes):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + size - _TAR_END, side="right")))
+        cuts.append(slice(first, last))
+        first = last
+    return cuts
 
 
-def _cut(samples: list[tuple[str, Item]], size: int) -> list[list[tuple[str, Item]]]:
-    parts: list[list[tuple[str, Item]]] = []
-    room = -1
-    for sample in samples:
-        need = planned_bytes(sample[1])
-        if need > room:
-            parts.append([])
-            room = size
-        parts[-1].append(sample)
-        room -= need
-    return parts
+def cut_by_rows(rows: int, each: int, even: bool) -> list[slice]:
+    """Shards of `each` rows, the last with what is left; `even`: of as nearly equal numbers, at most `each`."""
+    if even and rows:
+        parts = -(-rows // each)
+        return [slice(rows * n // parts, rows * (n + 1) // parts) for n in range(parts)]
+    return [slice(first, min(first + each, rows)) for first in range(0, rows, each)]
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.tar"

@@ -4,6 +4,9 @@
 <split>-00000.index.parquet ..  one row a sample of that shard, in order (`INDEX_SCHEMA`)
 shards.parquet                  one row a shard (`table.py`)
 manifest.json                   totals and fingerprints; published last: without it there is no dataset
+
+These two are of the newest version. Once there are several, each has a manifest and a table of its own beside them, which never change:
+manifest-v1.json, shards-v1.parquet, ..; a later version has all shards of the earlier ones, and further ones.
 """
 
 from __future__ import annotations
@@ -94,37 +97,67 @@ def dataset_hash(shards: list[ShardRecord] | ShardTable) -> str:
 
 
 def publish(directory: Storage, shards: list[ShardRecord], manifest: Manifest) -> None:
-    """Write the table of shards, then the manifest, which makes the dataset visible."""
-    directory.write(table.FILE, table.encode_table(shards))
-    directory.write("manifest.json", (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode())
+    """Write the table of shards, then the manifest, which makes the dataset, or its new version, visible."""
+    encoded = table.encode_table(shards)
+    told = (json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n").encode()
+    if manifest.version > 1:
+        _keep_version(directory, manifest.version - 1)
+        directory.write(table.file_of(manifest.version), encoded)
+        directory.write(manifest_name(manifest.version), told)
+    directory.write(table.FILE, encoded)
+    directory.write(manifest_name(), told)
 
 
-def find_manifest(directory: Storage) -> Manifest | None:
-    """The manifest of the dataset at `directory`, or None where there is no (finished) dataset.
+def _keep_version(directory: Storage, version: int) -> None:
+    """Give a version files of its own, before those of the newest are written over."""
+    if not directory.exists(manifest_name(version)):
+        directory.write(table.file_of(version), directory.read(table.FILE))
+        directory.write(manifest_name(version), directory.read(manifest_name()))
+
+
+def manifest_name(version: int | None = None) -> str:
+    """Of a version that is not the newest, or has others before it; None: of the newest."""
+    return "manifest.json" if version is None else f"manifest-v{version}.json"
+
+
+def find_manifest(directory: Storage, version: int | None = None) -> Manifest | None:
+    """The manifest of the dataset at `directory`, or None where there is no (finished) dataset, or no such version of it.
 
     Raises:
         DataError: it is no manifest, or of a format this version does not read.
     """
+    newest = _find_manifest(directory, manifest_name())
+    if newest is None or version in (None, newest.version):
+        return newest
+    return _find_manifest(directory, manifest_name(version))
+
+
+def _find_manifest(directory: Storage, name: str) -> Manifest | None:
+    where = f"data {directory.url}/{name}"
     try:
-        values = json.loads(directory.read("manifest.json"))
+        values = json.loads(directory.read(name))
     except FileNotFoundError:
         return None
     except ValueError as e:
-        raise DataError(f"data {directory.url}/manifest.json: this is not JSON ({e})") from e
+        raise DataError(f"{where}: this is not JSON ({e})") from e
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         given = values.get("format") if isinstance(values, dict) else values
-        raise DataError(f"data {directory.url}/manifest.json: its format is {given!r}, this version reads format {FORMAT}")
+        raise DataError(f"{where}: its format is {given!r}, this version reads format {FORMAT}")
     try:
         return Manifest(**{**values, "smallest": tuple(values["smallest"])})
     except (KeyError, TypeError) as e:
-        raise DataError(f"data {directory.url}/manifest.json: this is no manifest of format {FORMAT} ({e})") from e
+        raise DataError(f"{where}: this is no manifest of format {FORMAT} ({e})") from e
 
 
-def read_manifest(directory: Storage) -> Manifest:
-    manifest = find_manifest(directory)
-    if manifest is None:
+def read_manifest(directory: Storage, version: int | None = None) -> Manifest:
+    manifest = find_manifest(directory, version)
+    if manifest is not None:
+        return manifest
+    newest = find_manifest(directory) if version is not None else None
+    if newest is None:
         raise DataError(f"data {directory.url}: there is no dataset here (no manifest.json)")
-    return manifest
+    allowed = ", ".join(str(n) for n in range(1, newest.version + 1))
+    raise DataError(f"data {directory.url}@{version}: there is no version {version} (allowed: {allowed})")
 
 
 def read_part(directory: Storage, name: str) -> bytes:

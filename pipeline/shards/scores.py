@@ -96,7 +96,7 @@ def function_columns(score: Score, where: str) -> Columns:
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).exists() else ""
     made = FunctionScore(f"{where}.function", score.function)
     named = fingerprint({"function": score.function, "source": source})
-    return Columns({score.column: pa.float64()}, named, made, MEMBERS, score.batch, score.gpus, where)
+    return Columns({score.column: pa.float64()}, named, made, MEMBERS, score.batch, score.gpus)
 
 
 def check_function(score: Score, where: str) -> None:
@@ -132,9 +132,8 @@ def deny_by_score(directory: Storage, column: str, keep: Bound | None, workers: 
     if found is not None and about.items() <= found.items():
         return found["rows"]
     with DenyList(directory, name, {"value": pa.float64()}) as out:
-        for rows in over_shards(
-            "deny", directory, _outside, (directory, column, keep), lambda: f"{out.rows:,} denied", where=where, workers=workers
-        ):
+        shared = (directory, column, keep)
+        for rows in over_shards("deny", directory, _outside, shared, lambda: f"{out.rows:,} denied", workers):
             out.add(rows)
         return out.publish(about)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import DataError
-from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
+from pipeline.shards.ranges import Ranges
 
 FILE = "shards.parquet"
 ROW_GROUP = 16_384  # shards
@@ -32,7 +31,6 @@ SHARDS_SCHEMA = pa.schema(
 _COUNTS = ["split", "samples", "bytes"]  # neighbours in the file: one range a row group
 _GROUPS_HELD = 64  # of names and hashes, 1.5 MB each
 _TAIL = 1 << 18  # bytes; the footer of a million shards has 40 kB, and a table of two thousand shards fits as a whole
-_REQUESTS = 16  # at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +47,16 @@ class ShardRecord:
     def index_name(self) -> str:
         return self.name.removesuffix(".tar") + ".index.parquet"
 
+    def __str__(self) -> str:
+        return self.name
+
     def row(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SHARDS_SCHEMA.names}
+
+
+def file_of(version: int) -> str:
+    """The table of a version, where the dataset has several (`manifest.py`)."""
+    return f"shards-v{version}.parquet"
 
 
 def encode_table(shards: Iterable[ShardRecord]) -> bytes:
@@ -73,10 +79,12 @@ class ShardTable:
         DataError: there is no such split, no table of shards, or it cannot be read.
     """
 
-    def __init__(self, directory: Storage, split: str | None = None) -> None:
+    def __init__(self, directory: Storage, split: str | None = None, version: int | None = None) -> None:
+        """`version`: of the dataset; None: the newest."""
         self.directory, self.split = directory, split
+        self._file = FILE if version is None or not directory.exists(file_of(version)) else file_of(version)
         self._size = 0
-        with _explained(directory):
+        with _explained(directory, self._file):
             self._meta = self._read_meta()
             self._firsts = np.cumsum([0, *(self._meta.row_group(g).num_rows for g in range(self._meta.num_row_groups))])
             self.samples, self.bytes, self._rows = self._read_counts()
@@ -99,15 +107,17 @@ class ShardTable:
 
     def _read_meta(self) -> pq.FileMetaData:
         if self.directory.is_local:
-            meta = pq.read_metadata(f"{self.directory.path}/{FILE}")
+            meta = pq.read_metadata(f"{self.directory.path}/{self._file}")
         else:
-            if not self.directory.exists(FILE):
-                raise FileNotFoundError(FILE)
-            self._size = int(self.directory.fs.size(f"{self.directory.path}/{FILE}"))
-            meta = pq.read_metadata(_Ranges(self.directory, self._size, [(max(0, self._size - _TAIL), self._size)]))
+            if not self.directory.exists(self._file):
+                raise FileNotFoundError(self._file)
+            self._size = int(self.directory.fs.size(f"{self.directory.path}/{self._file}"))
+            meta = pq.read_metadata(Ranges(self.directory, self._file, self._size, [(max(0, self._size - _TAIL), self._size)]))
         lacking = [name for name in SHARDS_SCHEMA.names if name not in meta.schema.names]
         if lacking:
-            raise DataError(f"data {self.directory.url}/{FILE}: there is no column {lacking[0]!r} (there: {', '.join(meta.schema.names)})")
+            raise DataError(
+                f"data {self.directory.url}/{self._file}: there is no column {lacking[0]!r} (there: {', '.join(meta.schema.names)})"
+            )
         return meta
 
     def _read_counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -162,7 +172,7 @@ class ShardTable:
 
     def _read_group(self, group: int) -> list[pa.Array]:
         columns = ["name", "split", "sha256"]
-        with _explained(self.directory):
+        with _explained(self.directory, self._file):
             table = self._open([group], columns).read_row_group(group, columns=columns, use_threads=False)
         return [table[name].combine_chunks() for name in columns]
 
@@ -175,8 +185,8 @@ class ShardTable:
     def _open(self, groups: Sequence[int], columns: list[str]) -> pq.ParquetFile:
         """The file, with what these columns take at hand where each request to the store would cost a round trip."""
         if self.directory.is_local:
-            return pq.ParquetFile(f"{self.directory.path}/{FILE}", metadata=self._meta)
-        return pq.ParquetFile(_Ranges(self.directory, self._size, [self._span(g, columns) for g in groups]), metadata=self._meta)
+            return pq.ParquetFile(f"{self.directory.path}/{self._file}", metadata=self._meta)
+        return pq.ParquetFile(Ranges(self.directory, self._file, self._size, [self._span(g, columns) for g in groups]), metadata=self._meta)
 
     def _span(self, group: int, columns: list[str]) -> tuple[int, int]:
         """Bytes of the file, from and up to, that hold these columns of a row group (and what lies between them)."""
@@ -185,47 +195,11 @@ class ShardTable:
         return min(starts), max(start + p.total_compressed_size for start, p in zip(starts, parts, strict=True))
 
 
-class _Ranges(io.RawIOBase):
-    """A remote file, to be read from anywhere; some ranges of it are fetched at once, in parallel."""
-
-    def __init__(self, directory: Storage, size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        what = f"data {directory.url}/{FILE}"
-        self._fetch = lambda start, end: retrying(what, lambda: directory.read_range(FILE, start, end))
-        self._size, self._position = size, 0
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            self._held = [(start, data) for (start, _), data in zip(ranges, pool.map(lambda r: self._fetch(*r), ranges), strict=True)]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        start, end = self._position, min(self._position + len(buffer), self._size)
-        for first, held in self._held:
-            if first <= start and end <= first + len(held):
-                data = held[start - first : end - first]
-                break
-        else:
-            data = self._fetch(start, end) if end > start else b""
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
 @contextmanager
-def _explained(directory: Storage) -> Iterator[None]:
+def _explained(directory: Storage, name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"data {directory.url}/{FILE}: is missing") from None
+        raise DataError(f"data {directory.url}/{name}: is missing") from None
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"data {directory.url}/{FILE}: cannot be read ({e})") from e
+        raise DataError(f"data {directory.url}/{name}: cannot be read ({e})") from e

@@ -78,9 +78,7 @@ def take_down(directory: Storage, lists: Sequence[str], workers: int | None = No
     if about is None or not made_of.items() <= about.items():
         matched = np.zeros(listed.count, dtype=bool)
         with DenyList(directory, NAME, {"by": pa.string()}) as out:
-            found = over_shards(
-                "takedown", directory, match_shard, (directory, listed), lambda: f"{out.rows:,} taken down", where=where, workers=workers
-            )
+            found = over_shards("takedown", directory, match_shard, (directory, listed), lambda: f"{out.rows:,} taken down", workers)
             for rows, entries in found:
                 out.add(rows)
                 matched[entries] = True

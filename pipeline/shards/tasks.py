@@ -2,62 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sized
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.core import progress
-from pipeline.core.errors import ConfigError, InfrastructureError, find_error
+from pipeline.core.errors import ConfigError, CredentialsError, DataError, InfrastructureError, StorageError, TesseraError, find_error
 
 T = TypeVar("T")
 
 _POLL = 1.0  # seconds
+_ATTEMPTS = 3  # of a piece whose own code fails; a machine that dies under it is Ray's to make up for
+_MOST_FAILURES = 100  # pieces that may fail before the others are given up too
+_NAMED = 10  # of them, in one sentence
+_AT_ONCE = (ConfigError, CredentialsError)  # what every piece would meet
+
+
+@dataclass(frozen=True)
+class _Piece:
+    units: int
+    arguments: tuple[Any, ...]
+    attempt: int = 1
+
+    @property
+    def name(self) -> str:
+        return str(self.arguments[0])
 
 
 def run_tasks(
     label: str,
     unit: str,
     body: Callable[..., T],
-    jobs: Sequence[tuple[int, tuple[Any, ...]]],
+    jobs: Iterable[tuple[int, tuple[Any, ...]]],
     shared: tuple[Any, ...],
     workers: int | None,
     told: Callable[[], str],
+    *,
+    total: int | None = None,
+    done: int = 0,
+    persist: bool = False,
     gpus: float = 0,
 ) -> Generator[T, None, None]:
     """What `body` returns for each job, in no particular order: Ray tasks, at most `workers` at a time, the others wait here.
 
-    A job is the `unit`s it counts for and its arguments, before those that are `shared`; `told` is asked what to show
-    beside the progress. A task has one CPU, and `gpus` of a GPU.
+    A job is the `unit`s it counts for and its arguments, before those that are `shared`; the first of them names it. `told` is asked what
+    to show beside the progress, of which `done` of `total` units were done before. With `persist`, a job that fails is tried again after
+    others, and if it keeps failing, the others are finished first. A task has one CPU, and `gpus` of a GPU.
 
     Raises:
         InfrastructureError: a machine failed more often than tasks are retried.
         ConfigError: GPUs are asked for, and this Ray has none.
-        TesseraError: the one that `body` raised. Whatever else it raises comes as Ray's own error, with the task's traceback.
+        TesseraError: the one that `body` raised; with `persist` one of its kind, that names all jobs that failed. Whatever else it raises
+            comes as Ray's own error, with the task's traceback.
     """
     if gpus and not ray.cluster_resources().get("GPU", 0):
         raise ConfigError(f"{label}: its tasks ask for {gpus:g} of a GPU each, and Ray has none here (gpus: 0 computes on CPUs)")
     # A machine that dies is retried elsewhere; what our own code raises would be raised again.
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(body)
-    workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    workers = workers or default_workers()
     common = [ray.put(argument) for argument in shared]
-    waiting = list(jobs)[::-1]
-    running: dict[ray.ObjectRef, int] = {}  # and the units in each
-    with progress.Progress(label, sum(count for count, _ in jobs), unit) as shown:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    count, arguments = waiting.pop()
-                    running[task.remote(*arguments, *common)] = count
-                for reference in ray.wait(list(running), timeout=_POLL)[0]:
-                    yield ray.get(reference)
-                    shown.update(running.pop(reference), told())
-                shown.update(0)
-        except RayError as e:
-            if (ours := find_error(e)) is not None:
-                raise ours from e
-            if isinstance(e, RayTaskError):
-                raise
-            raise InfrastructureError(f"{label}: a task was lost and its retries too ({e})") from e
+    if total is None:
+        assert isinstance(jobs, Sized), "where nobody says how much there is, it can be counted"
+        total = done + sum(count for count, _ in jobs)
+    waiting, again = iter(_Piece(*job) for job in jobs), list[_Piece]()
+    running: dict[ray.ObjectRef, _Piece] = {}
+    failed: dict[str, BaseException] = {}
+    with progress.Progress(label, total, unit, done) as shown:
+        while True:
+            while len(running) < workers and len(failed) < _MOST_FAILURES:
+                piece = next(waiting, None) or (again.pop(0) if again else None)
+                if piece is None:
+                    break
+                # A second attempt goes to another machine, where there is one.
+                at = task if piece.attempt == 1 else task.options(scheduling_strategy="SPREAD")
+                running[at.remote(*piece.arguments, *common)] = piece
+            if not running:
+                break
+            for reference in ray.wait(list(running), timeout=_POLL)[0]:
+                piece = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except RayError as e:
+                    error = _plain(label, e)
+                    if not persist or isinstance(error, _AT_ONCE):
+                        raise error from e
+                    if piece.attempt < _ATTEMPTS and not isinstance(error, DataError):
+                        again.append(_Piece(piece.units, piece.arguments, piece.attempt + 1))
+                    else:
+                        failed[piece.name] = error
+                    continue
+                yield result
+                shown.update(piece.units, told())
+            shown.update(0)
+        if failed:
+            raise _summed(label, failed)
         # Tasks that still run end with the driver. Cancelled as it finishes, a task makes Ray (2.60) abort the driver.
+
+
+def default_workers() -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _plain(label: str, error: RayError) -> BaseException:
+    if (ours := find_error(error)) is not None:
+        return ours
+    if isinstance(error, RayTaskError) and not isinstance(error, OutOfMemoryError):
+        return error
+    return InfrastructureError(f"{label}: a task was lost and its retries too ({error})")
+
+
+def _summed(label: str, failed: dict[str, BaseException]) -> BaseException:
+    """One error for all jobs that failed."""
+    if len(failed) == 1 and not isinstance(error := next(iter(failed.values())), TesseraError):
+        return error  # with its traceback
+    kinds = {type(e) for e in failed.values()}
+    kind = kinds.pop() if len(kinds) == 1 and kinds <= {DataError, StorageError} else InfrastructureError
+    told = "; ".join(f"{name}: {_sentence(failed[name])}" for name in sorted(failed)[:_NAMED]) + ("; .." if len(failed) > _NAMED else "")
+    rest = (
+        "the others were given up" if len(failed) >= _MOST_FAILURES else "the others are finished, and the same command repeats these alone"
+    )
+    return kind(f"{label}: {len(failed)} {'piece' if len(failed) == 1 else 'pieces'} of the work failed ({rest}): {told}")
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error) if isinstance(error, TesseraError) else str(error).strip().splitlines()[-1]

@@ -68,10 +68,11 @@ class Dataset:
         where: Mapping[str, Bound] | None = None,
         block: int | None = None,
         cache: CacheSection | None = None,
+        version: int | None = None,
     ) -> None:
         self.directory, self.split = directory, split
-        self.manifest: Manifest = read_manifest(directory)
-        self.shards = ShardTable(directory, split)
+        self.manifest: Manifest = read_manifest(directory, version)
+        self.shards = ShardTable(directory, split, self.manifest.version)
         self._cache_section = cache or CacheSection()
         # On a local disk any sample is as near as any other, as long as the indices of all shards are at hand.
         self.block = block or (1 if directory.is_local and len(self.shards) <= _OPEN else BLOCK)
@@ -292,9 +293,7 @@ def open_dataset(
     Raises:
         DataError: no dataset there, no such split or version, or a damaged one.
     """
-    base, at, version = url.rpartition("@")
-    has_version = bool(at) and version.isdigit()
-    dataset = Dataset(Storage(base if has_version else url, endpoint), split, deny=deny, where=where, block=block, cache=cache)
-    if has_version and int(version) != dataset.manifest.version:
-        raise DataError(f"data {url}: there is no version {version} (allowed: {dataset.manifest.version})")
-    return dataset
+    base, at, word = url.rpartition("@")
+    version = int(word) if at and word.isdigit() else None
+    directory = Storage(url if version is None else base, endpoint)
+    return Dataset(directory, split, deny=deny, where=where, block=block, cache=cache, version=version)

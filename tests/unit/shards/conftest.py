@@ -17,12 +17,12 @@ def _photo(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def photo() -> Callable[..., Image.Image]:
     return _photo
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def encoded() -> Callable[..., bytes]:
     def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
         buffer = io.BytesIO()

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import parse_config
 from pipeline.config.data import Bound
 from pipeline.config.pretrain import Cache
 from pipeline.core.errors import ConfigError, DataError
@@ -22,6 +24,7 @@ from pipeline.shards import columns as added
 from pipeline.shards import rows
 from pipeline.shards.adopt import Options, adopt
 from pipeline.shards.columns import Columns, add_columns, add_to_shard, find_columns, maker_of
+from pipeline.shards.job import make_dataset as make
 from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardTable
 from pipeline.shards.rows import MEMBERS, read_index, read_rows
 from pipeline.shards.verify import verify
@@ -151,10 +154,10 @@ def test_shards_that_fail_are_named_and_the_others_done(make_dataset: Make, tmp_
     tar[row["image_offset"] + 9] ^= 1
     (tmp_path / "train-00002.tar").write_bytes(tar)
     with pytest.raises(DataError) as e:
-        add_columns(directory, replace(lengths(), where="shard.scores.0"))
-    assert str(e.value) == (
-        f"shard.scores.0: 2 of the 3 shards in {directory.url} failed, the others are done: train-00001.tar: it is missing; "
-        f"train-00002.tar: sample {row['key']}: its bytes are not those that the index names (crc32)"
+        add_columns(directory, lengths(), label="score")
+    assert "score: 2 pieces of the work failed" in str(e.value)
+    assert str(e.value).endswith(
+        f": train-00001.tar: it is missing; train-00002.tar: sample {row['key']}: its bytes are not those that the index names (crc32)"
     )
     assert lengths().is_in(read_index(directory, "train-00000.index.parquet").schema)
     assert not directory.exists("columns.json")
@@ -204,6 +207,27 @@ def test_gpus_that_are_not_there_are_refused(make_dataset: Make, tmp_path: Path)
     make_dataset(directory, {"train": 20})
     with pytest.raises(ConfigError, match=r"ask for 0.5 of a GPU each, and Ray has none"):
         add_columns(directory, replace(lengths(), gpus=0.5))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_of_a_further_version_only_what_is_new_is_computed(tree: Path, photo: Callable[..., Any], tmp_path: Path) -> None:
+    config = parse_config(
+        {"name": "v", "storage": str(tmp_path), "cluster": "local", "shard": {"source": {"url": str(tree)}, "samples": 30}}
+    )
+    directory, log = Storage(str(tmp_path / "data")), tmp_path / "log"
+    first, _ = make(config, directory)
+    add_columns(directory, lengths())
+    for n in range(25):
+        photo(20, 20, n).save(tree / "cat" / f"new-{n}.png")
+    second, _ = make(config, directory)
+    assert (first.written, second.written, second.version) == (80, 105, 2)
+    about = add_columns(directory, lengths(str(log)))
+    assert sum(map(int, log.read_text().split())) == 25
+    assert (about["wide"]["rows"], about["wide"]["dataset"], about["long"]["values"]) == (105, second.hash, 80)
+    bound = {"wide": Bound(min=20, max=20)}
+    assert len(open_dataset(directory.url, where=bound)) == 25
+    with pytest.raises(DataError, match=r"leave none of its 80 samples"):
+        open_dataset(f"{directory.url}@1", where=bound)
 
 
 def test_members_that_are_asked_for(store: Storage, make_dataset: Make) -> None:

@@ -16,8 +16,8 @@ def test_digits_as_files(tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     first = CliRunner().invoke(main, [str(folder)])
     assert first.output == f"1,797 scanned digits in {folder} (3,594 files written)\n"
-    listing = FolderSource(str(folder)).scan()
-    assert len(listing.items) == 1797 and listing.classes == list("0123456789") and listing.ignored == 0
+    survey = FolderSource(str(folder)).survey()
+    assert (survey.rows, survey.classes, survey.exact) == (1797, 10, True)
     with Image.open(folder / "7" / "0007.png") as image:
         assert (image.mode, image.size) == ("L", (8, 8))
         assert (np.asarray(image) == 255 - np.round(load_digits().images[7] * 255 / 16)).all()

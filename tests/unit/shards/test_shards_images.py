@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config.shard import ShardImages
-from pipeline.shards.images import Checked, Dropped, check_image, resized
+from pipeline.shards.images import Checked, Dropped, check_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 Photo = Callable[..., Image.Image]
@@ -157,30 +157,6 @@ def test_an_animation_gives_its_first_frame(photo: Photo, encoded: Encoded) -> N
         checked = check(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})))
         assert checked.extension == "png"
         assert (pixels(checked) == np.asarray(frames[0])).all()
-
-
-def test_sizes() -> None:
-    def size(given: tuple[int, int], **resize: object) -> tuple[int, int]:
-        return resized(given, ShardImages.model_validate({"resize": resize}).resize)
-
-    assert size((400, 300), pixels=150) == (200, 150)
-    assert size((400, 300), pixels=200, side="longer") == (200, 150)
-    assert size((30, 20), pixels=40) == (30, 20)
-    assert size((30, 20), pixels=40, enlarge=True) == (60, 40)
-    assert size((1000, 3), pixels=10, side="longer") == (10, 1)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_resize(encoded: Encoded, kind: str) -> None:
-    y, x = np.mgrid[0:600, 0:900]
-    large = Image.fromarray(np.stack([x % 256 // 2 + 50, y % 200, (x + y) // 8 % 256], axis=-1).astype(np.uint8))
-    data = encoded(large, kind, **({"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}))
-    checked = check(data, resize={"pixels": 64})
-    assert (checked.width, checked.height, checked.extension) == (96, 64, "jpg" if kind == "JPEG" else "png")
-    expected = np.asarray(large.resize((96, 64), Image.Resampling.BICUBIC)).astype(int)
-    assert abs(pixels(checked) - expected).mean() < 4  # a scaled decode and JPEG's loss; nothing for the others
-    assert kind == "JPEG" or (pixels(checked) == expected).all()
-    assert check(data, resize={"pixels": 64}) == checked
 
 
 def test_random_damage_never_escapes(photo: Photo, encoded: Encoded) -> None:

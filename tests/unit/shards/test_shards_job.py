@@ -11,7 +11,6 @@ from pipeline.core.errors import DataError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job
 from pipeline.shards.job import make_dataset
-from pipeline.shards.layout import PlannedShard
 from pipeline.shards.manifest import find_manifest, read_manifest, read_shards
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -22,8 +21,13 @@ def config(source: Path, **shard: object) -> Config:
     return parse_config({"name": "t", "storage": "runs", "shard": section})
 
 
+def names(directory: Storage) -> list[str]:
+    """What readers see."""
+    return [name for name in directory.names() if name != ".plan"]
+
+
 def contents(directory: Storage) -> dict[str, bytes]:
-    return {name: directory.read(name) for name in directory.names()}
+    return {name: directory.read(name) for name in names(directory)}
 
 
 def test_the_whole_stage(tree: Path, tmp_path: Path) -> None:
@@ -46,8 +50,8 @@ def test_the_whole_stage(tree: Path, tmp_path: Path) -> None:
 
     records = [r for split in ("train", "test") for r in read_shards(directory, split)]
     assert len(read_shards(directory, "train")) > 1 and all(r.bytes <= 60 * 1024 for r in records)
-    names = {n for r in records for n in (r.name, r.index_name)}
-    assert set(directory.names()) == names | {"manifest.json", "shards.parquet"}
+    of_shards = {n for r in records for n in (r.name, r.index_name)}
+    assert set(names(directory)) == of_shards | {"manifest.json", "shards.parquet"}
     read = [s for r in records for s in wds.WebDataset(str(tmp_path / "shards" / r.name), shardshuffle=False)]
     assert len({s["__key__"] for s in read}) == 80
     for sample in read:
@@ -69,13 +73,13 @@ def test_the_number_of_workers_changes_nothing(tree: Path, tmp_path: Path) -> No
 def test_a_finished_dataset_is_kept_and_another_replaces_it(tree: Path, tmp_path: Path) -> None:
     directory = Storage(str(tmp_path / "shards"))
     first, _ = make_dataset(config(tree), directory)
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir() if p.name != ".plan"}
     assert make_dataset(config(tree, workers=1), directory) == (first, {})
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir()} == before
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir() if p.name != ".plan"} == before
 
     second, metrics = make_dataset(config(tree, splits={"all": 1.0}, size="10 MiB"), directory)
     assert metrics and second.hash != first.hash
-    assert directory.names() == ["all-00000.index.parquet", "all-00000.tar", "manifest.json", "shards.parquet"]
+    assert names(directory) == ["all-00000.index.parquet", "all-00000.tar", "manifest.json", "shards.parquet"]
 
 
 def test_a_dataset_of_another_folder_is_not_taken_for_this_one(tree: Path, tmp_path: Path) -> None:
@@ -115,11 +119,13 @@ def test_an_unusable_source_leaves_an_earlier_dataset_alone(tree: Path, tmp_path
 
 
 def test_an_error_inside_a_task_is_told_in_its_own_words(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(planned: PlannedShard, *_: object) -> None:
-        raise StorageError(f"storage x/{planned.name}: no permission to write")
+    def broken(name: str, *_: object) -> None:
+        raise StorageError(f"storage x/{name}: no permission to write")
 
-    monkeypatch.setattr(job, "write_planned", broken)
-    with pytest.raises(StorageError, match=r"^storage x/.*\.tar: no permission to write$"):
+    monkeypatch.setattr(job, "fill_shard", broken)
+    with pytest.raises(
+        StorageError, match=r"^shard: \d pieces of the work failed .*: test-00000.tar: storage x/test-00000.tar: no permission"
+    ):
         make_dataset(config(tree), Storage(str(tmp_path / "shards")))
 
 

@@ -1,36 +1,17 @@
 from __future__ import annotations
 
-import itertools
+import hashlib
 
-import pytest
+import numpy as np
 
-from pipeline.core.errors import DataError
-from pipeline.shards.layout import plan_shards, planned_bytes, sample_key, split_of
+from pipeline.shards.layout import cut_by_bytes, cut_by_rows, group_of, key_order, planned_bytes, sample_key, split_of
 from pipeline.shards.sources import Item
 
-ITEMS = [Item(f"c{n % 3}/{n}.jpg", 10_000 + 100 * (n % 50), f"c{n % 3}") for n in range(3000)]
 
-
-def test_every_item_once_and_no_shard_too_large() -> None:
-    planned = plan_shards(ITEMS, {"train": 0.8, "test": 0.2}, 2**20)
-    assert sorted(i.path for p in planned for _, i in p.samples) == sorted(i.path for i in ITEMS)
-    assert all(sum(planned_bytes(i) for _, i in p.samples) <= 2**20 for p in planned)
-    assert [p.name for p in planned if p.split == "test"][:2] == ["test-00000.tar", "test-00001.tar"]
-    share = sum(len(p.samples) for p in planned if p.split == "test") / len(ITEMS)
-    assert abs(share - 0.2) < 0.03
-
-
-def test_the_plan_does_not_depend_on_the_order_of_anything() -> None:
-    one = plan_shards(ITEMS, {"train": 0.8, "test": 0.2}, 2**20)
-    assert plan_shards(ITEMS[::-1], {"test": 0.2, "train": 0.8}, 2**20) == one
-
-
-def test_the_order_is_not_that_of_the_split() -> None:
-    keys = [key for p in plan_shards(ITEMS, {"train": 1.0}, 2**30) for key, _ in p.samples]
-    assert keys != sorted(keys)
-    classes = [i.class_name for p in plan_shards(ITEMS, {"train": 1.0}, 2**30) for _, i in p.samples]
-    repeats = sum(a == b for a, b in itertools.pairwise(classes)) / len(classes)
-    assert abs(repeats - 1 / 3) < 0.05
+def test_a_key_is_a_hash_of_whatever_names_the_sample() -> None:
+    assert sample_key("dog/a.jpg") == hashlib.sha256(b"dog/a.jpg").hexdigest()[:20]
+    odd = ["a b/c.jpg", "ü/日本.png", "x" * 300, "caf\udce9.png", "a/b/c/d.jpg"]
+    assert len({sample_key(name) for name in odd}) == len(odd) and all(len(sample_key(name)) == 20 for name in odd)
 
 
 def test_adding_images_moves_none_between_splits() -> None:
@@ -40,11 +21,35 @@ def test_adding_images_moves_none_between_splits() -> None:
     assert split_of("0" * 20, splits) == "a"
 
 
+def test_the_order_is_not_that_of_the_split() -> None:
+    keys = sorted(sample_key(str(n)) for n in range(3000))
+    orders = [key_order(key) for key in keys]
+    assert abs(np.corrcoef(np.argsort(orders), np.arange(3000))[0, 1]) < 0.06
+
+
+def test_ranges_of_orders_are_equal_and_complete() -> None:
+    orders = np.array([0, 2**62, 2**63 - 1, 2**63, 2**64 - 1], dtype=np.uint64)
+    assert group_of(orders, 1).tolist() == [0] * 5
+    assert group_of(orders, 4).tolist() == [0, 1, 1, 2, 3]
+    many = np.array([key_order(sample_key(str(n))) for n in range(5000)], dtype=np.uint64)
+    counts = np.bincount(group_of(many, 7), minlength=7)
+    assert counts.sum() == 5000 and counts.min() > 600
+
+
+def test_shards_by_bytes_are_full_and_none_too_large() -> None:
+    sizes = np.array([planned_bytes(Item(f"c/{n}.jpg", 10_000 + 100 * (n % 50), "c")) for n in range(3000)])
+    cuts = cut_by_bytes(sizes, 2**20)
+    assert [n for cut in cuts for n in range(cut.start, cut.stop)] == list(range(3000))
+    totals = [int(sizes[cut].sum()) + 10_240 for cut in cuts]
+    assert max(totals) <= 2**20 and min(totals[:-1]) > 2**20 - 20_000
+
+
 def test_a_sample_larger_than_a_shard_has_one_for_itself() -> None:
-    planned = plan_shards([Item("a.jpg", 10**6), Item("b.jpg", 10**6)], {"train": 1.0}, 1000)
-    assert [len(p.samples) for p in planned] == [1, 1]
+    assert cut_by_bytes(np.array([10**6, 10**6]), 1000) == [slice(0, 1), slice(1, 2)]
+    assert cut_by_bytes(np.array([], dtype=np.int64), 1000) == []
 
 
-def test_an_empty_split_is_named() -> None:
-    with pytest.raises(DataError, match=r"^shard.splits.test: a share of 0.001 leaves it none of the 2 images"):
-        plan_shards([Item("a.jpg", 1), Item("b.jpg", 1)], {"train": 0.999, "test": 0.001}, 2**20)
+def test_shards_by_rows() -> None:
+    assert cut_by_rows(10, 4, even=False) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert [c.stop - c.start for c in cut_by_rows(10, 4, even=True)] == [3, 3, 4]
+    assert cut_by_rows(0, 4, even=True) == cut_by_rows(0, 4, even=False) == []

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.shard import Shard
+from pipeline.config.shard import Fetch, Shard
 from pipeline.core.errors import ConfigError, DataError, UserError
-from pipeline.shards.sources import FolderSource, Item, check_source, open_source
+from pipeline.shards.dropped import Dropped
+from pipeline.shards.sources import Files, FolderSource, Ignored, Item, Source, check_source, open_source
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -21,23 +23,29 @@ def shard(url: object, **more: object) -> Shard:
     return Shard.model_validate({"source": {"url": str(url), **more}})
 
 
+def listed(source: Source) -> tuple[list[Item], int]:
+    """All items of a source, and how many files it ignores."""
+    rows = [row for part in source.parts() for row in source.rows(part)]
+    return [r for r in rows if isinstance(r, Item)], sum(r.count for r in rows if isinstance(r, Ignored))
+
+
 def test_a_class_is_the_first_folder(tmp_path: Path) -> None:
     touch(tmp_path, "dog/a.png", "dog/deep/b.JPG", "cat/a.webp", "cat/a.txt")
-    listing = FolderSource(str(tmp_path)).scan()
-    assert listing.classes == ["cat", "dog"]
-    assert listing.items == [
+    items, ignored = listed(FolderSource(str(tmp_path)))
+    assert items == [
         Item("cat/a.webp", 10, "cat", {"txt": "cat/a.txt"}),
         Item("dog/a.png", 5, "dog"),
         Item("dog/deep/b.JPG", 5, "dog"),
     ]
-    assert listing.ignored == 0
+    assert ignored == 0
+    survey = FolderSource(str(tmp_path)).survey()
+    assert (survey.rows, survey.classes, survey.exact) == (3, 2, True) and survey.mean == pytest.approx(20 / 3)
 
 
 def test_flat_folder_with_side_files(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "a.CLS", "a.json", "a.b.png", "a.b.txt", "b.png")
-    listing = FolderSource(str(tmp_path)).scan()
-    assert listing.classes == []
-    assert {i.path: (i.class_name, i.side) for i in listing.items} == {
+    items, _ = listed(FolderSource(str(tmp_path)))
+    assert {i.path: (i.class_name, i.side) for i in items} == {
         "a.jpg": (None, {"cls": "a.CLS", "json": "a.json"}),
         "a.b.png": (None, {"txt": "a.b.txt"}),
         "b.png": (None, {}),
@@ -46,31 +54,73 @@ def test_flat_folder_with_side_files(tmp_path: Path) -> None:
 
 def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "a.txt", "a.TXT", "lone.txt", "notes.md", ".DS_Store", "._a.png", ".git/x.png", "noext", "a.mp4")
-    listing = FolderSource(str(tmp_path)).scan()
-    assert [i.path for i in listing.items] == ["a.png"]
-    assert listing.items[0].side == {"txt": "a.txt"}
-    assert listing.ignored == 8
+    items, ignored = listed(FolderSource(str(tmp_path)))
+    assert [i.path for i in items] == ["a.png"]
+    assert items[0].side == {"txt": "a.txt"}
+    assert ignored == 8
 
 
 def test_missing_folder_and_no_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^shard.source.url: there is no folder .*/gone$"):
         check_source(shard(tmp_path / "gone"))
     touch(tmp_path, "text/a.txt")
-    with pytest.raises(DataError, match=r"^shard.source.url: the folder .* holds no images"):
-        check_source(shard(tmp_path))
+    for ask in (FolderSource(str(tmp_path)).check, FolderSource(str(tmp_path)).survey):
+        with pytest.raises(DataError, match=r"^shard.source.url: the folder .* holds no images"):
+            ask()
     with pytest.raises(DataError, match=r"is a file, this names a folder"):
-        FolderSource(str(tmp_path / "text" / "a.txt")).scan()
+        FolderSource(str(tmp_path / "text" / "a.txt")).parts()
     touch(tmp_path, "text/a.png")
     check_source(shard(tmp_path))
 
 
+def test_a_file_named_as_its_folder_is_an_image(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png/a.png")
+    assert [i.path for i in listed(FolderSource(str(tmp_path / "a.png")))[0]] == ["a.png"]
+
+
+def test_the_stamp_tells_what_changed(tmp_path: Path) -> None:
+    touch(tmp_path, "dog/a.png", "b.png")
+    source = FolderSource(str(tmp_path))
+    first = source.survey().stamp
+    assert source.survey().stamp == first
+    touch(tmp_path, "dog/c.png")
+    second = source.survey().stamp
+    (tmp_path / "b.png").write_bytes(b"longer")
+    assert len({first, second, source.survey().stamp}) == 3
+
+
 def test_unknown_format_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"^shard.source.format: 'foldr' is not known, did you mean 'folder'\? \(allowed: folder\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^shard.source.format: 'foldr' is not known, did you mean 'folder'\? \(allowed: folder, table, tars, urls\)$"
+    ):
         open_source(shard("x", format="foldr").source)
-    with pytest.raises(ConfigError, match=r"^shard.source.columns: "):
-        check_source(shard("x", columns={"url": "URL"}))
+    for kind in ("folder", "tars"):
+        with pytest.raises(ConfigError, match=r"^shard.source.columns: "):
+            check_source(shard("x", format=kind, columns={"url": "URL"}))
 
 
 def test_unknown_protocol_is_one_sentence() -> None:
     with pytest.raises(UserError, match="nosuch"):
         check_source(shard("nosuch://x/y"))
+
+
+def test_a_vanished_file_is_unreadable_but_a_vanished_folder_is_an_error(tmp_path: Path) -> None:
+    touch(tmp_path, "in/b.png")
+    source, items = FolderSource(str(tmp_path / "in")), [Item("a.png", 1), Item("b.png", 5)]
+    assert dict(source.fetch(items, Fetch(), 2**20, 1)) == {
+        0: Dropped("unreadable", "the file vanished after it was listed"),
+        1: Files(b"12345", {}),
+    }
+    (tmp_path / "in").rename(tmp_path / "out")
+    with pytest.raises(DataError, match="no longer there"):
+        list(source.fetch(items, Fetch(), 2**20, 1))
+
+
+def test_items_come_through_json_whatever_they_are_called(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
+        file.write(b"12345")
+    items, _ = listed(FolderSource(str(tmp_path)))
+    full = Item("ü/日 本.jpg", 7, "ü", {"txt": "a"}, "text\n", 3, {"score": 0.5, "tags": ["a", None]}, "key", ("part", 3, 4))
+    for item in [*items, full, Item("x" * 300, 0)]:
+        assert Item.decode(item.encode()) == item
+    assert [files for _, files in FolderSource(str(tmp_path)).fetch(items, Fetch(), 2**20, 1)] == [Files(b"12345", {})]

@@ -1,0 +1,49 @@
+"""Where images come from. New kinds of source are added here, under the word that `shard.source.format` names them by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.config.shard import Shard
+from pipeline.config.shard import Source as SourceSection
+from pipeline.core.errors import ConfigError, choose
+from pipeline.shards.sources.archives import TarSource as TarSource
+from pipeline.shards.sources.base import Files as Files
+from pipeline.shards.sources.base import Ignored as Ignored
+from pipeline.shards.sources.base import Item as Item
+from pipeline.shards.sources.base import Lost as Lost
+from pipeline.shards.sources.base import Part as Part
+from pipeline.shards.sources.base import Source as Source
+from pipeline.shards.sources.base import Survey as Survey
+from pipeline.shards.sources.embedded import TableSource as TableSource
+from pipeline.shards.sources.folder import FolderSource as FolderSource
+from pipeline.shards.sources.urls import UrlSource as UrlSource
+
+SOURCES: dict[str, Callable[[SourceSection], Source]] = {
+    "folder": lambda section: FolderSource(section.url),
+    "urls": lambda section: UrlSource(section.url, section.columns),
+    "table": lambda section: TableSource(section.url, section.columns),
+    "tars": lambda section: TarSource(section.url),
+}
+_WITHOUT_COLUMNS = {"folder": "a folder", "tars": "a tar"}
+
+
+def open_source(section: SourceSection) -> Source:
+    """The source that a config names.
+
+    Raises:
+        ConfigError: `shard.source.format` is not known, or the section has keys that this format does not use.
+    """
+    make = SOURCES[choose("shard.source.format", section.format, SOURCES)]
+    if section.columns and section.format in _WITHOUT_COLUMNS:
+        raise ConfigError(f"shard.source.columns: {_WITHOUT_COLUMNS[section.format]} has no columns, leave this out")
+    return make(section)
+
+
+def check_source(shard: Shard) -> None:
+    """Preflight: raise what is wrong with the source, before anything starts and without reading an image.
+
+    Raises:
+        ConfigError, DataError, StorageError: naming the config path.
+    """
+    open_source(shard.source).check()

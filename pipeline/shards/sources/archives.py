@@ -1,0 +1,111 @@
+"""WebDataset tars that others wrote, written anew: filtered, resized, shuffled across all of them.
+
+Planning reads each tar once, from front to back, or its index where one lies beside it; then each sample is read by its place, in one
+request, so that samples of all tars are mixed as files of a folder are. (`adopt` takes tars as they are.)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config.shard import Fetch
+from pipeline.core.errors import DataError, StorageError
+from pipeline.shards.dropped import Dropped
+from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable, stamp_of
+from pipeline.shards.sources.files import find_files
+from pipeline.shards.tars import Tape, read_blocks
+
+_READERS = 8  # samples read at once
+_AHEAD = 16
+_SUFFIXES = ("tar", "tgz")
+_GUESS = 100_000  # bytes of a sample, before a tar is read
+
+
+class TarSource(Source):
+    """Samples of tars: an image and perhaps txt, cls and json members. A part is a tar."""
+
+    def check(self) -> None:
+        self.parts()
+
+    def parts(self) -> list[Part]:
+        self.storage, files = find_files(self.url, _SUFFIXES, "tars")
+        packed = [name for name, _ in files if not name.endswith(".tar")]
+        if packed:
+            raise DataError(
+                f"shard.source.url: {packed[0]} ({len(packed)} in all) is compressed, so that samples cannot be read by their place in it; "
+                "unpack such tars (gunzip)"
+            )
+        return [Part(name, size) for name, size in files]
+
+    def survey(self) -> Survey:
+        """By the index beside the first of them; where there is none, by the number of bytes."""
+        parts = self.parts()
+        total, index = sum(p.bytes for p in parts), self._index(parts[0])
+        rows = max(1, total // _GUESS if index is None else round(len(index) * total / max(1, parts[0].bytes)))
+        return Survey(rows, len(parts), total / rows, 0, False, stamp_of(parts))
+
+    def rows(self, part: Part) -> Iterator[Item | Lost | Ignored]:
+        from pipeline.shards.index import TarIndex  # which knows how samples are made
+
+        found = self._index(part)
+        if found is not None:
+            yield from (_item(part.name, row) for row in found)
+            return
+        index = TarIndex()
+        try:
+            end = index.read(Tape(read_blocks(self.storage, part.name)))
+        except FileNotFoundError:
+            raise DataError(f"shard.source.url: {part.name} vanished after it was listed") from None
+        if end.kind in ("compressed", "not-a-tar"):
+            raise DataError(f"shard.source.url: {part.name}: {end}")
+        yield from (_item(part.name, row) for row in index.rows)
+        for key, dropped in index.dropped:
+            yield Lost(f"{part.name}/{key}" if key else part.name, dropped.reason, dropped.detail)
+        yield Ignored(index.ignored)
+
+    def _index(self, part: Part) -> list[dict[str, Any]] | None:
+        name = part.name.removesuffix(".tar") + ".index.parquet"
+        try:
+            table = pq.read_table(io.BytesIO(self.storage.read(name)))
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowException, OSError) as e:
+            raise DataError(f"shard.source.url: {name} cannot be read ({e}); remove it, and the tar itself is read") from e
+        return table.to_pylist()
+
+    def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, len(items), _AHEAD):
+                yield from enumerate(pool.map(self._read, items[start : start + _AHEAD]), start)
+
+    def _read(self, item: Item) -> Files | Dropped:
+        name, offset, length, label, *places = item.place
+        start = int(offset)
+        try:
+            data = self.storage.read_range(str(name), start, start + int(length))
+        except FileNotFoundError:
+            raise DataError(f"shard.source.url: {name} vanished after it was listed") from None
+        except StorageError as e:
+            return Dropped("unreadable", printable(str(e)))
+        if len(data) < int(length):
+            return Dropped("unreadable", f"{name} was cut short after it was listed")
+        image, text, meta = (
+            data[int(at) - start : int(at) - start + int(n)] if int(n) >= 0 else None
+            for at, n in zip(places[::2], places[1::2], strict=True)
+        )
+        side = {"txt": text, "json": meta, "cls": str(label).encode() if int(label) >= 0 else None}
+        return Files(image or b"", {suffix: value for suffix, value in side.items() if value is not None})
+
+
+def _item(tar: str, row: dict[str, Any]) -> Item:
+    places = [row[f"{part}_{what}"] for part in ("image", "txt", "json") for what in ("offset", "length")]
+    there = {"txt": row["txt_length"] >= 0, "json": row["json_length"] >= 0, "cls": row["cls"] >= 0}
+    size = sum(row[f"{part}_length"] for part in ("image", "txt", "json") if row[f"{part}_length"] > 0)
+    side = {suffix: f"{tar}/{row['key']}.{suffix}" for suffix, is_there in there.items() if is_there}
+    return Item(f"{tar}/{row['key']}", size, side=side, place=(tar, row["offset"], row["length"], row["cls"], *places))

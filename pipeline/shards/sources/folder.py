@@ -1,0 +1,141 @@
+"""Images as files in a folder, with side files beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from pipeline.config.shard import Fetch
+from pipeline.core.errors import CredentialsError, DataError, StorageError
+from pipeline.shards.dropped import Dropped
+from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
+SIDE_SUFFIXES = frozenset({"txt", "cls", "json"})
+_READERS = 8  # files read at once: an object store answers each in tens of milliseconds
+_AHEAD = 16  # items read before they are needed
+
+
+class FolderSource(Source):
+    """A folder of images on any storage: a class a sub-folder, or flat.
+
+    The first folder of an image's relative path is its class; an image that lies directly in the source has the integer
+    of its `.cls` side file, or no label. `<stem>.txt`, `.cls` and `.json` beside an image are its side files. Every other
+    file, and whatever is hidden (`.git`, `._photo.jpg`), is ignored and counted. A part is a sub-folder, or the files
+    outside any; its listing has to fit in memory (a kilobyte a file).
+    """
+
+    def check(self) -> None:
+        for part in self.parts():
+            if any(is_image(path) for path, _ in self._files(part)):
+                return
+        self._refuse()
+
+    def parts(self) -> list[Part]:
+        with _told():
+            entries = self.storage.entries()
+            if not entries and not self.storage.exists():
+                raise DataError(f"shard.source.url: there is no folder {self.storage.url}")
+            if len(entries) == 1 and entries[0][1] is not None and not self.storage.fs.isdir(self.storage.path):
+                raise DataError(f"shard.source.url: {self.storage.url} is a file, this names a folder of images")
+            return [Part("", 0), *(Part(name, 0) for name, size in entries if size is None)]
+
+    def survey(self) -> Survey:
+        rows, size, classes, digest = 0, 0, set[str](), hashlib.sha256()
+        parts = self.parts()
+        for part in parts:
+            for item in self.rows(part):
+                if isinstance(item, Item):
+                    rows, size = rows + 1, size + item.bytes
+                    classes.update([item.class_name] if item.class_name is not None else [])
+                    digest.update(f"{item.path}\0{item.bytes}\0".encode("utf-8", "surrogateescape"))
+        if not rows:
+            self._refuse()
+        return Survey(rows, len(parts), size / rows, len(classes), True, digest.hexdigest())
+
+    def rows(self, part: Part) -> Iterator[Item | Lost | Ignored]:
+        images: list[tuple[str, int]] = []
+        others: dict[str, tuple[str, int]] = {}  # lower-case suffix and stem -> path, bytes
+        ignored = 0
+        for path, size in self._files(part):
+            suffix = _suffix(path)
+            if is_image(path):
+                images.append((path, size))
+            elif suffix in SIDE_SUFFIXES and not _is_hidden(path):
+                # `a.TXT` and `a.txt` are two files for one member: the later in order is taken, the other ignored.
+                ignored += f"{_stem(path)}.{suffix}" in others
+                others[f"{_stem(path)}.{suffix}"] = (path, size)
+            else:
+                ignored += 1
+        taken = set[str]()
+        for path, size in images:
+            item = self._item(path, size, others)
+            taken.update(item.side.values())
+            yield item
+        yield Ignored(ignored + len(others) - len(taken))
+
+    def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, len(items), _AHEAD):
+                yield from enumerate(pool.map(self._read, items[start : start + _AHEAD]), start)
+
+    def _read(self, item: Item) -> Files | Dropped:
+        try:
+            return Files(self.storage.read(item.path), {suffix: self.storage.read(path) for suffix, path in item.side.items()})
+        except (FileNotFoundError, StorageError) as e:
+            if not self.storage.exists():
+                raise DataError(f"shard.source.url: the folder {self.url} is no longer there") from e
+            gone = isinstance(e, FileNotFoundError)
+            return Dropped("unreadable", "the file vanished after it was listed" if gone else printable(str(e)))
+
+    @staticmethod
+    def _item(path: str, size: int, others: dict[str, tuple[str, int]]) -> Item:
+        found = {s: others[key] for s in sorted(SIDE_SUFFIXES) if (key := f"{_stem(path)}.{s}") in others}
+        folder, slash, _ = path.partition("/")
+        return Item(path, size + sum(n for _, n in found.values()), folder if slash else None, {s: p for s, (p, _) in found.items()})
+
+    def _files(self, part: Part) -> Iterator[tuple[str, int]]:
+        """(path relative to the source, bytes) of every file of a part, sorted."""
+        with _told():
+            if not part.name:
+                yield from ((name, size) for name, size in self.storage.entries() if size is not None)
+                return
+            found = False
+            for path, size in (self.storage / part.name).walk():
+                if path and not path.endswith("/"):  # some stores hold an object that stands for a folder
+                    found = True
+                    yield f"{part.name}/{path}", size
+            if not found:  # a listing leaves out folders that it may not enter: ask again, to be told why
+                self.storage.names(part.name)
+
+    def _refuse(self) -> None:
+        raise DataError(
+            f"shard.source.url: the folder {self.storage.url} holds no images (known by their suffix: {', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of the store begin with what the config calls it."""
+    try:
+        yield
+    except (StorageError, CredentialsError) as e:
+        raise type(e)(f"shard.source.url: {e}") from e
+
+
+def _suffix(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[2].lower() if "." in path.rpartition("/")[2] else ""
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def is_image(path: str) -> bool:
+    return _suffix(path) in IMAGE_SUFFIXES and not _is_hidden(path)

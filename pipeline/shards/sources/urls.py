@@ -1,0 +1,141 @@
+"""Tables of URLs and captions, as LAION, COYO, DataComp and others publish them: thousands of part files, one row an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.config.shard import Fetch
+from pipeline.core.errors import DataError
+from pipeline.shards.dropped import Dropped
+from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, stamp_of
+from pipeline.shards.sources.columns import as_label, choose_columns, plain
+from pipeline.shards.sources.files import (
+    TABLES,
+    BadRow,
+    as_number,
+    column_names,
+    each,
+    explained,
+    find_files,
+    kind_of,
+    open_parquet,
+    read_rows,
+)
+
+_SAMPLED = 1000  # rows by which the length of a CSV is estimated
+
+
+class TableFiles(Source):
+    """What all sources have in common that lie in table files; a part is a file."""
+
+    format = ""
+    kinds: Sequence[str] = TABLES
+
+    def __init__(self, url: str, columns: dict[str, str]) -> None:
+        super().__init__(url)
+        self.columns = columns
+        self._parts: list[Part] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": None}
+
+    def check(self) -> None:
+        self.parts()
+
+    def parts(self) -> list[Part]:
+        """Of Parquet every footer is read, so that broken files and missing columns are known before anything starts."""
+        if self._parts is None:
+            self.storage, files = find_files(self.url, self.kinds, "tables")
+            parts = each(lambda file: self._part(*file), files)
+            first = next((p for p in parts if p.rows is None), None)
+            if first is not None:
+                self.chosen(first)
+            self._parts = parts
+        return self._parts
+
+    def _part(self, name: str, size: int) -> Part:
+        if kind_of(name) != "parquet":
+            return Part(name, size)
+        with open_parquet(self.storage, name, size) as file:
+            self.check_schema(name, file)
+            return Part(name, size, file.metadata.num_rows)
+
+    def check_schema(self, name: str, file: pq.ParquetFile) -> dict[str, str]:
+        """Our names to theirs. Raises DataError where a column is missing or of a type that it cannot have."""
+        return choose_columns(self.format, self.columns, file.schema_arrow.names, name)
+
+    def chosen(self, part: Part) -> dict[str, str]:
+        return choose_columns(self.format, self.columns, column_names(self.storage, part.name, part.bytes), part.name)
+
+    def survey(self) -> Survey:
+        parts = self.parts()
+        known = [p.rows for p in parts if p.rows is not None]
+        rows = sum(known)
+        unknown = [p for p in parts if p.rows is None]
+        if unknown:
+            # By the bytes that the first rows take as JSON, which is what they take in a table without compression, about.
+            with explained(unknown[0].name):
+                sample = list(islice(read_rows(self.storage, unknown[0].name, unknown[0].bytes), _SAMPLED))
+            whole = len(sample) < _SAMPLED and len(unknown) == 1
+            length = sum(len(str(v)) + 1 for row in sample for v in (row.values() if isinstance(row, dict) else ())) or 1
+            rows += len(sample) if whole else round(sum(p.bytes for p in unknown) / max(1, length / max(1, len(sample))))
+            return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), whole, stamp_of(parts))
+        return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), True, stamp_of(parts))
+
+    def mean_bytes(self) -> float:
+        return 0.0
+
+    def check_rows(self, part: Part, seen: int) -> None:
+        if part.rows is not None and seen != part.rows:
+            raise DataError(
+                f"shard.source.url: {part.name} changed while it was read: {part.rows:,} rows when it was listed, {seen:,} now; "
+                "run the same command again"
+            )
+
+
+class UrlSource(TableFiles):
+    """Rows with a URL, perhaps a caption, a label and anything else, which the sample's json keeps."""
+
+    format = "urls"
+    has_sizes = False
+
+    def rows(self, part: Part) -> Iterator[Item | Lost | Ignored]:
+        chosen = self.chosen(part)
+        if kind_of(part.name) in ("jsonl", "ndjson"):  # its first row may lack what others have
+            chosen = {**{ours: ours for ours in ("caption", "label")}, **chosen}
+        is_text = kind_of(part.name) in ("csv", "tsv")
+        number = -1
+        for number, row in enumerate(read_rows(self.storage, part.name, part.bytes)):
+            where = f"{part.name}#{number}"
+            if isinstance(row, BadRow):
+                yield Lost(where, "bad-row", f"row {number} of {part.name} {row.detail}")
+                continue
+            url = row.pop(chosen["url"], None)
+            if not isinstance(url, str) or not url.strip():
+                yield Lost(where, "no-url", f"row {number} of {part.name} has no URL")
+                continue
+            caption = row.pop(chosen.get("caption", ""), None)
+            label = row.pop(chosen.get("label", ""), None)
+            key = row.get(chosen.get("key", ""))
+            class_name, class_id = as_label(as_number(label) if is_text else label)
+            yield Item(
+                url.strip(),
+                0,
+                class_name,
+                text=caption if isinstance(caption, str) else None,
+                label=class_id,
+                extra={k: kept for k, v in row.items() if (kept := plain(as_number(v) if is_text else v)) is not None},
+                key=None if key is None else str(key),
+            )
+        self.check_rows(part, number + 1)
+
+    def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
+        from pipeline.shards.fetch import Fetcher  # its client is of no use to other sources
+
+        with Fetcher(settings, max_bytes, share) as fetcher:
+            for index, fetched in fetcher.fetch([item.path for item in items]):
+                yield index, fetched if isinstance(fetched, Dropped) else Files(fetched.data, {})
