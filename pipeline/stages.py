@@ -106,7 +106,7 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         check_source(config.shard)
         if config.shard.filter is not None:
             load_function("shard.filter", config.shard.filter)
-    if config.shard and write:  # a plan reads no weights
+    if config.shard and write and (fresh or not _has_trained(config)):  # a plan reads no weights
         check_scores(config.shard.scores, endpoint)
         check_lists(config.shard.takedown, endpoint)
     check_subject(config)
@@ -218,6 +218,11 @@ def _is_trained(checkpoints: Checkpoints, steps: int) -> bool:
     return True
 
 
+def _has_trained(config: Config) -> bool:
+    """Whether its run has begun to train: then it goes on with the data it began with."""
+    return config.pretrain is not None and bool(Checkpoints(run_directory(config)).steps())
+
+
 def _is_local(config: Config) -> bool:
     return Storage(config.storage.url).is_local
 
@@ -278,11 +283,10 @@ class _Stages:
     def _shard(self) -> None:
         directory = self.run.directory / "shards"
         with self._stage("shard") as tracker, self._timed("shard", "folder to shards"):
-            # A run that has begun to train goes on with the data it began with.
-            has_trained = self.config.pretrain is not None and bool(Checkpoints(self.run.directory).steps())
+            has_trained = _has_trained(self.config)
             manifest, metrics = make_dataset(self.config, directory, grow=not has_trained)
             tracker.tags({"dataset.hash": manifest.hash})
-            tracker.metrics(metrics | self._mark(directory))
+            tracker.metrics(metrics if has_trained else metrics | self._mark(directory))
 
     def _mark(self, directory: Storage) -> dict[str, float]:
         """What is done to the finished dataset: columns for its indices, and deny-lists. Metrics."""

@@ -267,6 +267,25 @@ def test_a_config_scores_filters_and_takes_down(captions: Path, run: str, tmp_pa
     assert directory.names("deny") == ["score-clip.parquet", "takedown.parquet"]
 
 
+@pytest.mark.usefixtures("cluster")
+def test_a_run_that_has_trained_keeps_the_data_it_began_with(captions: Path, run: str, card: ModelCard, tmp_path: Path) -> None:
+    model = {"name": "vit", "patch": 4, "width": 8, "depth": 1, "heads": 1}
+    config = config_of(tmp_path, captions, scores=[{"column": "a", "model": str(tmp_path / "none")}], takedown=[str(tmp_path / "none")])
+    pretrain = {"model": model, "image": {"pixels": 8}, "duration": "1 epoch", "batch": 8, "micro_batch": 8, "precision": "fp32"}
+    config = parse_config({**config.model_dump(mode="json", by_alias=True, exclude_none=True), "pretrain": pretrain})
+    with pytest.raises(CheckpointError, match=r"shard.scores.0.model"):
+        check_resources(config)
+    claimed = claim_run(config)
+    commit_model(claimed.directory, card, card.make(seed=0).state_dict())
+    check_resources(config)  # neither is asked for any more
+    tracker = claimed.tracker()
+    _Stages(claimed, tracker, "")._shard()
+    tracker.close(timeout=60)
+    assert find_columns(claimed.directory / "shards") == {}
+    with pytest.raises(CheckpointError, match=r"shard.scores.0.model"):
+        check_resources(config, fresh=True)
+
+
 def test_preflight_refuses_what_can_be_known(captions: Path, run: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"shard.scores.0.column: 'cls' cannot be added"):
         check_config(config_of(tmp_path, captions, scores=[{"column": "cls", "model": run}]))
