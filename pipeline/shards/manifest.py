@@ -4,8 +4,10 @@
 <split>-00000.index.parquet ..  one row a sample of that shard, in order (`INDEX_SCHEMA`)
 shards.parquet                  one row a shard (`table.py`)
 manifest.json                   totals and fingerprints; published last: without it there is no dataset
+columns.json                    columns that were added to all indices later (`columns.py`)
+deny/<name>.parquet             keys that are left out as it is read (`deny.py`)
 
-These two are of the newest version. Once there are several, each has a manifest and a table of its own beside them, which never change:
+Table and manifest are of the newest version. Once there are several, each has a manifest and a table of its own, which never change:
 manifest-v1.json, shards-v1.parquet, ..; a later version has all shards of the earlier ones, and further ones.
 """
 

@@ -43,7 +43,7 @@ _HEX = re.compile(r"[0-9a-fA-F]+")
 
 @dataclass(frozen=True)
 class Listed:
-    """Lists as they are matched, 25 bytes a digest, of which an entry has up to three: `digests` (D,) S16, sorted; of which entry each is,
+    """Lists as they are matched, 25 bytes a digest, of which a URL has two: `digests` (D,) S16, sorted; of which entry each is,
     int64 (D,), and what that was given as, uint8 (D,). `hash` is of the lists' contents."""
 
     digests: np.ndarray
@@ -174,7 +174,9 @@ def _of_text(path: Path) -> Iterator[list[_Digested]]:
             if not (entry := line.strip()):
                 continue
             key = (_KEY, entry, _KEY)
-            if not _HEX.fullmatch(entry):
+            if "://" in entry:  # nobody's key
+                yield _places(entry)
+            elif not _HEX.fullmatch(entry):
                 yield [key, *_places(entry)]
             else:  # others' keys may look like a sha256
                 yield [key, (_SHA256, entry.lower(), _SHA256)] if len(entry) == 64 else [key]
