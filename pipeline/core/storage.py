@@ -149,13 +149,10 @@ class Storage:
     def names(self, key: str = "") -> list[str]:
         """Sorted names of what lies directly in a directory; empty where there is none."""
         with self._explained("list", key):
-            try:
-                return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self._at(key), detail=False))
-            except FileNotFoundError:
-                return []
+            return stores.names(self.fs, self._at(key))
 
     def entries(self) -> list[tuple[str, int | None]]:
-        """Sorted (name, bytes, None of a directory) of what lies directly here; empty where there is no such directory."""
+        """Sorted (name, bytes, None of a directory) of what lies directly here; empty where there is no directory."""
         with self._explained("list", ""):
             return stores.entries(self.fs, self._at(""))
 
