@@ -29,7 +29,9 @@ def test_sizes() -> None:
     assert Change.of((400, 300), None).is_none
 
 
-@pytest.mark.parametrize(("side", "small", "large"), [("shorter", (30, 20), (60, 40)), ("longer", (30, 20), (40, 27)), ("crop", (20, 20), (40, 40))])
+@pytest.mark.parametrize(
+    ("side", "small", "large"), [("shorter", (30, 20), (60, 40)), ("longer", (30, 20), (40, 27)), ("crop", (20, 20), (40, 40))]
+)
 def test_nothing_is_enlarged_unasked(side: str, small: tuple[int, int], large: tuple[int, int]) -> None:
     assert size_of((30, 20), pixels=40, side=side) == small
     assert size_of((30, 20), pixels=40, side=side, enlarge=True) == large
