@@ -124,6 +124,8 @@ class Client:
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         inflate = zlib.decompressobj(wbits=47) if encoding in ("gzip", "x-gzip", "deflate") else None  # 47: gzip or zlib
         parts, size, content, budget = list[bytes](), 0, response.content, self._budget
+        if "Transfer-Encoding" in response.headers:
+            _end_with_connection(response)
         try:
             while size <= longest and (chunk := await content.readany()):
                 for part in (chunk,) if inflate is None else _inflated(inflate, chunk):
@@ -142,6 +144,19 @@ class Client:
             budget.end(response)
             budget.give(size)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _end_with_connection(response: aiohttp.ClientResponse) -> None:
+    """A damaged chunk makes aiohttp (3.14) close the connection and forget whoever reads the body; so that has to be told."""
+    content = response.content
+
+    def tell(_: object) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
+
+    protocol = response.connection and response.connection.protocol
+    if protocol is not None and (closed := protocol.closed) is not None:
+        closed.add_done_callback(tell)
 
 
 def _inflated(inflate: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
