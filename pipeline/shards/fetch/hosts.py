@@ -142,6 +142,7 @@ class Queue(Generic[R]):
         self._hosts, self._per_host, self._interval, self._room = hosts, per_host, interval, room
         self._lines: dict[str, _Line[R]] = {}
         self._ready: deque[_Line[R]] = deque()
+        self._again: deque[_Line[R]] = deque()  # may hold some more than once
         self._takers: deque[asyncio.Future[None]] = deque()
 
     def put(self, request: R, first: bool = False) -> None:
@@ -155,17 +156,16 @@ class Queue(Generic[R]):
         self._loop.call_later(seconds, self.put, request)
 
     async def take(self) -> tuple[R, bool]:
-        """(a request whose host may be asked now, whether its connection has no more to do after it). `done` has to follow."""
+        """(a request whose host may be asked now, whether its connection is likely not needed after it). `done` has to follow."""
         while True:
-            while not self._ready:
+            while not (self._again or self._ready):
                 taker = self._loop.create_future()
                 self._takers.append(taker)
                 await taker
             await self._room()
-            if not self._ready:
+            line = self._next()
+            if line is None:
                 continue
-            line = self._ready.popleft()
-            line.listed = False
             if not self._may_start(line):  # it was put off, or its room taken, while it stood in the queue
                 self._offer(line)
                 continue
@@ -175,29 +175,47 @@ class Queue(Generic[R]):
             if line.host.given_up(now) is None:
                 line.host.not_before = max(line.host.not_before, now) + self._interval
             self._offer(line)
-            return request, len(line.waiting) < line.under_way
+            # Those of the others are likely free by then, and few enough wait.
+            return request, len(line.waiting) < 2 * line.under_way - 1
 
     def done(self, request: R) -> None:
-        """Its place is free. Who was just served stands in front, so that its connections are used again and few others are open."""
+        """Its place is free. The same host has it first, so that its connection is used again and few others are open; what a host may
+        have beyond stands in the queue."""
         line = self._lines[request.host]
         line.under_way -= 1
-        self._offer(line, front=True)
+        if self._may_start(line):
+            self._again.append(line)
+            self._wake()
+        else:
+            self._offer(line)
+
+    def _next(self) -> _Line[R] | None:
+        if self._again:
+            return self._again.popleft()
+        if not self._ready:
+            return None
+        line = self._ready.popleft()
+        line.listed = False
+        return line
 
     def _may_start(self, line: _Line[R]) -> bool:
         return bool(line.waiting) and line.under_way < min(line.host.at_once, self._per_host) and line.host.not_before <= self._loop.time()
 
-    def _offer(self, line: _Line[R], front: bool = False) -> None:
+    def _offer(self, line: _Line[R]) -> None:
         if line.listed or not line.waiting or line.under_way >= min(line.host.at_once, self._per_host):
             return
         line.listed = True
         wait = line.host.not_before - self._loop.time()
         if wait > 0:
-            self._loop.call_later(wait, self._list, line, False)
+            self._loop.call_later(wait, self._list, line)
         else:
-            self._list(line, front)
+            self._list(line)
 
-    def _list(self, line: _Line[R], front: bool) -> None:
-        (self._ready.appendleft if front else self._ready.append)(line)
+    def _list(self, line: _Line[R]) -> None:
+        self._ready.append(line)
+        self._wake()
+
+    def _wake(self) -> None:
         while self._takers:
             taker = self._takers.popleft()
             if not taker.done():
