@@ -51,13 +51,14 @@ class Hostile:
     robots: bytes | int = 404
     delay: float = 0.0  # seconds, before any answer
     seen: list[Seen] = field(default_factory=list)
-    most_at_once: int = 0
+    most_at_once: int = 0  # requests
+    most_open: int = 0  # connections
     port: int = 0
 
     def __post_init__(self) -> None:
         self.ending = threading.Event()
         self._lock = threading.Lock()
-        self._under_way = 0
+        self._under_way = self._open = 0
         self._times: Counter[str] = Counter()
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
@@ -66,6 +67,11 @@ class Hostile:
     def paths(self) -> list[str]:
         """Of all requests but those for robots.txt."""
         return [seen.path for seen in list(self.seen) if seen.path != "/robots.txt"]
+
+    def connected(self, change: int) -> None:
+        with self._lock:
+            self._open += change
+            self.most_open = max(self.most_open, self._open)
 
     def begin(self, seen: Seen) -> int:
         """Returns how often this path was asked for before."""
@@ -87,8 +93,13 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        hostile = self.server.hostile
-        number = self.server.number()
+        self.server.hostile.connected(1)
+        try:
+            self._requests(self.server.hostile, self.server.number())
+        finally:
+            self.server.hostile.connected(-1)
+
+    def _requests(self, hostile: Hostile, number: int) -> None:
         while (request := self._request()) is not None:
             path, headers = request
             times = hostile.begin(Seen(path, headers, number, time.monotonic()))
