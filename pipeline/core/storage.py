@@ -215,11 +215,8 @@ class Storage:
 
     def remove(self, key: str = "") -> None:
         """Remove an object, or a directory and all below it; nothing happens where there is none."""
-        with self._explained("remove", key):
-            try:
-                self.fs.rm(self._at(key), recursive=True)
-            except FileNotFoundError:
-                return
+        with self._explained("remove", key), suppress(FileNotFoundError):
+            self.fs.rm(self._at(key), recursive=True)
 
     def abort_uploads(self, prefix: str) -> int:
         """Give up what a killed process left of uploads to S3, in parts, of keys that begin with `prefix`; tells how many there were. Such

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,6 +213,22 @@ def contents_of(section: Config, directory: Storage) -> dict[str, bytes]:
     return contents(directory)
 
 
+def test_a_machine_that_dies_is_made_up_for(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shard's first task ends as a killed process does."""
+    section, died = config({"url": str(tree)}, samples=25), tmp_path / "died"
+    died.mkdir()
+
+    def dying(name: str, *rest: Any) -> dict[str, Any]:
+        if not (died / name).exists():
+            (died / name).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fill_shard(name, *rest)
+
+    expected = contents_of(section, Storage(str(tmp_path / "whole")))
+    monkeypatch.setattr(job, "fill_shard", dying)
+    assert contents_of(section, Storage(str(tmp_path / "out"))) == expected and len(list(died.iterdir())) > 3
+
+
 def test_code_that_fails_is_no_reason_to_drop_anything(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str, *rest: Any) -> dict[str, Any]:
         raise ZeroDivisionError(f"in {name}")
@@ -299,14 +317,14 @@ def test_a_source_that_is_gone_leaves_its_dataset(tree: Path, tmp_path: Path) ->
 
 def test_a_source_that_changes_while_it_is_read(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that vanishes after it was listed is a reason; one that comes is for the next version."""
-    directory, section, real = Storage(str(tmp_path / "out")), config({"url": str(tree)}), job._begin
+    directory, section, real = Storage(str(tmp_path / "out")), config({"url": str(tree)}), job.clear
 
     def meanwhile(*arguments: Any, is_first: bool) -> None:
         real(*arguments, is_first=is_first)
         (tree / "cat" / "000.jpg").unlink()
         (tree / "cat" / "new.jpg").write_bytes((tree / "cat" / "004.jpg").read_bytes())
 
-    monkeypatch.setattr(job, "_begin", meanwhile)
+    monkeypatch.setattr(job, "clear", meanwhile)
     first, _ = make_dataset(section, directory)
     assert first.dropped == {"corrupt": 1, "empty": 1, "unreadable": 1} and first.read == 82
     monkeypatch.undo()

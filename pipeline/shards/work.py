@@ -1,0 +1,87 @@
+"""What lies beside the shards of a dataset while they are made, and what stays of it for the next version.
+
+<dataset>/.plan/state.json    what the newest version was made of (`State`)
+                v<N>/         its plan and records (`plan.py`); of a finished version only known/, the keys of its rows
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from pipeline.core.storage import Storage
+from pipeline.shards.plan import Header
+from pipeline.shards.table import ShardTable
+
+WORK = ".plan"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """What the next version needs to know of a finished one: the stamp of its source, and by version the ranges of keys in `known/`."""
+
+    version: int
+    stamp: str
+    classes: list[str]
+    rows_a_shard: int | None
+    groups: list[int]
+
+
+def place_of(directory: Storage, version: int) -> Storage:
+    return directory / WORK / f"v{version}"
+
+
+def clear(directory: Storage, place: Storage, is_first: bool) -> None:
+    """Before the first shard of a plan is written: what an unfinished or different dataset left goes, its manifest first."""
+    if place.exists("cleared"):
+        return
+    if is_first:
+        directory.remove("manifest.json")
+        for name in directory.names():
+            if name != WORK and _is_ours(name):
+                directory.remove(name)
+        for name in (directory / WORK).names():
+            if name != "v1":
+                (directory / WORK).remove(name)
+        directory.abort_uploads("")
+    directory.check_writable()
+    place.write("cleared", b"")
+
+
+def _is_ours(name: str) -> bool:
+    is_version = name.startswith(("manifest-v", "shards-v")) and name.endswith((".json", ".parquet"))
+    return is_version or name.endswith((".tar", ".index.parquet")) or name in ("shards.parquet", "deny") or name.startswith(".tmp-")
+
+
+def tidy(directory: Storage, version: int) -> None:
+    """Remove what served to make a version, except the keys of its rows, and files that a killed job left half-written."""
+    place = place_of(directory, version)
+    for name in place.names():
+        if name != "known":
+            place.remove(name)
+    for name in directory.names():
+        if name.startswith(".tmp-"):
+            directory.remove(name)
+
+
+def read_state(directory: Storage) -> State | None:
+    try:
+        return State(**json.loads((directory / WORK).read(_STATE)))
+    except FileNotFoundError:
+        return None
+
+
+def write_state(directory: Storage, header: Header, before: State | None, version: int) -> None:
+    groups = (before.groups if before else []) + ([header.groups] if header.read else [])
+    state = State(version, header.stamp, header.classes, header.rows_a_shard, groups[:version])
+    (directory / WORK).write(_STATE, json.dumps(state.__dict__).encode())
+
+
+def free_numbers(directory: Storage, version: int) -> dict[str, int]:
+    """By split, the number after those of all its shards."""
+    numbers: dict[str, int] = {}
+    for record in ShardTable(directory, version=version):
+        number = int(record.name.removesuffix(".tar").rpartition("-")[2])
+        numbers[record.split] = max(numbers.get(record.split, 0), number + 1)
+    return numbers
