@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from launch.submit import main
 from pipeline.config.shard import Shard
 from pipeline.core.storage import Storage
 from pipeline.shards.forecast import forecast, forecast_of
 from pipeline.shards.plan import CHUNK, GROUP_ROWS
-from pipeline.shards.shuffle import Earlier, Rule, list_rows, settle_rows
+from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, group_bounds, list_rows, read_rows, settle_rows
 from pipeline.shards.sources import Survey, UrlSource
 
 ROWS, SHARDS = 5_000_000_000, 500_000
@@ -112,7 +115,7 @@ def test_a_forecast_of_footers(tmp_path: Path) -> None:
 TASKS = """
 from pipeline.core.storage import Storage
 from pipeline.shards.plan import CHUNK
-from pipeline.shards.shuffle import Earlier, Rule, list_rows, settle_rows
+from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, group_bounds, list_rows, read_rows, settle_rows
 from pipeline.shards.sources import UrlSource
 
 source, place = UrlSource(sys.argv[1], {}), Storage(sys.argv[2])
@@ -157,3 +160,40 @@ def test_ranges_of_versions_meet(tmp_path: Path) -> None:
     assert settle(3, first, Earlier()) == 500
     for groups in (1, 2, 3, 7):
         assert settle(groups, Storage(str(tmp_path / f"v2-{groups}")), Earlier([(first, 3)])) == 0
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_shuffle_on_any_store(store: Storage, tmp_path: Path, shuffle: bool) -> None:
+    """All passes, on files and on an object store, give every row once and the same shards."""
+    pq.write_table(pa.table({"url": [f"http://a/{n}" for n in range(300)], "text": [None, "a", "b"] * 100}), tmp_path / "in.parquet")
+    source = UrlSource(str(tmp_path / "in.parquet"), {})
+    rule = Rule({"train": 0.9, "test": 0.1}, 2**28, 20, True, shuffle, 4, 64)
+    listed = list_rows("0", 0, source.parts(), source, rule, store)
+    assert len(listed["spills"]) == 5 and listed["rows"] == {"0": 300}
+    bounds = None if shuffle else group_bounds(4, np.array([300]))
+    settled = [settle_rows(f"settle-{g}", g, listed["spills"], bounds, rule, Earlier(), store) for g in range(4)]
+    cut = settled if shuffle else [arrange_rows(f"{g}", g, [f"settled/settle-{n}" for n in range(4)], rule, False, store) for g in range(4)]
+    assert sum(s["read"] for s in settled) == sum(rows for c in cut for _, rows, _ in c["shards"]) == 300
+    found, splits = list[str](), list[str]()
+    for group, part in enumerate(cut):
+        for row_group, (split, rows, _) in enumerate(part["shards"]):
+            items = [item.path for _, item in read_rows(store, group, row_group)]
+            assert len(items) == rows <= 20
+            found += items
+            splits += [split] * rows
+    assert sorted(found) == sorted(f"http://a/{n}" for n in range(300)) and set(splits) == {"train", "test"}
+    train = [int(path.rpartition("/")[2]) for path, split in zip(found, splits, strict=True) if split == "train"]
+    assert (train == sorted(train)) == (not shuffle)
+
+
+def test_a_plan_says_what_sharding_takes(tmp_path: Path) -> None:
+    for n in range(3):
+        pq.write_table(pa.table({"URL": [f"http://a/{n}/{m}" for m in range(50)]}), tmp_path / f"{n}.parquet")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"name: t\nstorage: {tmp_path}/runs\nshard: {{source: {{format: urls, url: '{tmp_path}/*.parquet'}}, samples: 40}}\n")
+    shown = CliRunner().invoke(main, [str(path), "--plan"])
+    assert shown.exit_code == 0, shown.output
+    assert "shard        150 rows in 3 parts; about 4 shards of 40 rows, " in shown.output and "planned in 2 passes" in shown.output
+    told = json.loads(CliRunner().invoke(main, [str(path), "--plan", "--json"]).stdout)
+    assert (told["shard"]["rows"], told["shard"]["shards"], told["shard"]["ranges"]) == (150, 4, 1)
+    assert not (tmp_path / "runs").exists()
