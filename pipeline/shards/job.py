@@ -70,9 +70,9 @@ def dataset_fingerprint(shard: Shard) -> str:
 
 def _grow(shard: Shard, directory: Storage, found: Manifest, grow: bool) -> Manifest | None:
     """The next version, or None where the source has nothing new."""
-    state = read_state(directory)
-    if state is None or state.version != found.version:
-        return None  # made elsewhere or by others: what its rows were is not known
+    state = read_state(directory, found.version)
+    if state is None:
+        return None  # what its rows were is not known
     tidy(directory, found.version)
     return _make(shard, directory, found, state) if grow else None
 

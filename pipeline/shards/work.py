@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pipeline.core.storage import Storage
 from pipeline.shards.plan import Header
@@ -21,7 +21,6 @@ _STATE = "state.json"
 class State:
     """What the next version needs to know of a finished one: the stamp of its source, and by version the ranges of keys in `known/`."""
 
-    version: int
     stamp: str
     classes: list[str]
     rows_a_shard: int | None
@@ -55,27 +54,29 @@ def _is_ours(name: str) -> bool:
 
 
 def tidy(directory: Storage, version: int) -> None:
-    """Remove what served to make a version, except the keys of its rows, and files that a killed job left half-written."""
+    """Remove what served to make a version, except what the next one needs, and files that a killed job left half-written."""
     place = place_of(directory, version)
-    for name in place.names():
-        if name != "known":
-            place.remove(name)
-    for name in directory.names():
-        if name.startswith(".tmp-"):
-            directory.remove(name)
+    left = [name for name in place.names() if name not in ("known", _STATE)]
+    if left:
+        for name in directory.names():
+            if name.startswith(".tmp-"):
+                directory.remove(name)
+    for name in left:
+        place.remove(name)
 
 
-def read_state(directory: Storage) -> State | None:
+def read_state(directory: Storage, version: int) -> State | None:
+    """Of a finished version; None where it was made elsewhere, or by others."""
     try:
-        return State(**json.loads((directory / WORK).read(_STATE)))
+        return State(**json.loads(place_of(directory, version).read(_STATE)))
     except FileNotFoundError:
         return None
 
 
 def write_state(directory: Storage, header: Header, before: State | None, version: int) -> None:
     groups = (before.groups if before else []) + ([header.groups] if header.read else [])
-    state = State(version, header.stamp, header.classes, header.rows_a_shard, groups[:version])
-    (directory / WORK).write(_STATE, json.dumps(state.__dict__).encode())
+    state = State(header.stamp, header.classes, header.rows_a_shard, groups)
+    place_of(directory, version).write(_STATE, json.dumps(asdict(state)).encode())
 
 
 def free_numbers(directory: Storage, version: int) -> dict[str, int]:

@@ -292,7 +292,34 @@ def test_versions(web: Hostile, tmp_path: Path, small_ranges: None) -> None:
     urls(tmp_path / "in" / "d.parquet", rows[130:150])
     third, _ = make_dataset(section, directory)
     assert (third.version, third.written) == (3, 120) and read_manifest(directory, 2) == second and read_manifest(directory, 1) == first
-    assert (tmp_path / "out" / ".plan").is_dir() and {p.name for p in (tmp_path / "out" / ".plan" / "v3").iterdir()} == {"known"}
+    assert (tmp_path / "out" / ".plan").is_dir() and {p.name for p in (tmp_path / "out" / ".plan" / "v3").iterdir()} == {
+        "known",
+        "state.json",
+    }
+
+
+@pytest.mark.parametrize("moment", ["publish", "tidy", "write_state", "_summarise"])
+def test_a_version_that_was_stopped_as_it_ended_is_published(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    directory, section = Storage(str(tmp_path / "out")), config({"url": str(tree)})
+    first, _ = make_dataset(section, directory)
+    for n in range(5):
+        (tree / "cat" / f"new-{n}.png").write_bytes((tree / "cat" / "002.png").read_bytes())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "tidy":
+            real, calls = job.tidy, list[int]()
+            patch.setattr(job, "tidy", lambda *a: stopped() if calls else (calls.append(1), real(*a)))  # the first is of version 1
+        else:
+            patch.setattr(job, moment, stopped)
+        make_dataset(section, directory)
+    second, _ = make_dataset(section, directory)
+    assert (second.version, second.written, read_manifest(directory, 1)) == (2, 85, first)
+    assert make_dataset(section, directory) == (second, {})
+    assert {p.name for p in (tmp_path / "out" / ".plan" / "v2").iterdir()} == {"known", "state.json"}
 
 
 def test_new_images_of_new_classes_keep_the_numbers_of_old_ones(tree: Path, tmp_path: Path) -> None:

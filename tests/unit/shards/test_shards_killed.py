@@ -128,7 +128,7 @@ def break_and_resume(photographs: Path, tmp_path: Path, address: str, kills: int
         jobs.run()
         assert all((jobs.out / name).stat().st_mtime_ns == at for name, at in done.items())
         assert jobs.contents() == expected
-        assert {p.name for p in (jobs.out / ".plan").iterdir()} == {"state.json", "v1"}
+        assert {p.name for p in (jobs.out / ".plan" / "v1").iterdir()} == {"state.json", "known"}
         assert rounds < 10 * kills
 
 
