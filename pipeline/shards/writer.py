@@ -62,6 +62,7 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
             return None
         assert [row["key"] for row in rows] == keys, "samples come back in the order in which they were written"
         assert tar.stat().st_size == size, f"{name}: {tar.stat().st_size} bytes came of {size}"
+        tar.chmod(0o644)
         directory.put(tar, name, move=directory.is_local)
     record = ShardRecord(name, split, len(rows), size, digest)
     directory.write(record.index_name, table_bytes(rows, INDEX_SCHEMA))
