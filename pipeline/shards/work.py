@@ -1,7 +1,8 @@
 """What lies beside the shards of a dataset while they are made, and what stays of it for the next version.
 
-<dataset>/.plan/state.json    what the newest version was made of (`State`)
-                v<N>/         its plan and records (`plan.py`); of a finished version only known/, the keys of its rows
+<dataset>/.plan/v<N>/    the plan and records of a version (`plan.py`); of a finished one there is left
+                         state.json    what it was made of (`State`)
+                         known/        the keys of its rows
 """
 
 from __future__ import annotations
