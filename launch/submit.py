@@ -139,9 +139,11 @@ def _run(
 
 def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool, calibrate: bool) -> None:
     """Print what `config` would do after those `before` it."""
-    from pipeline.checkpoint.run import check_claim
+    from pipeline.checkpoint.run import check_claim, run_directory
     from pipeline.plan import calibration
     from pipeline.plan.describe import as_text, describe
+    from pipeline.shards.forecast import forecast
+    from pipeline.shards.job import find_made
     from pipeline.stages import check_config, check_resources, made_by, plan_config, settle_config
 
     check_config(config)
@@ -151,7 +153,8 @@ def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool, cali
     plan, estimated, workers = plan_config(config, before, fresh)
     if calibrate and plan:
         plan = replace(plan, measured=calibration.calibrate(config, plan.load, plan.device))
-    facts = describe(config, plan, estimated, workers)
+    is_to_come = config.shard is not None and not find_made(config.shard, run_directory(config) / "shards")
+    facts = describe(config, plan, estimated, workers, forecast(config.shard) if config.shard and is_to_come else None)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
 
 

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -51,13 +51,14 @@ class Hostile:
     robots: bytes | int = 404
     delay: float = 0.0  # seconds, before any answer
     seen: list[Seen] = field(default_factory=list)
-    most_at_once: int = 0
+    most_at_once: int = 0  # requests
+    most_open: int = 0  # connections
     port: int = 0
 
     def __post_init__(self) -> None:
         self.ending = threading.Event()
         self._lock = threading.Lock()
-        self._under_way = 0
+        self._under_way = self._open = 0
         self._times: Counter[str] = Counter()
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
@@ -66,6 +67,11 @@ class Hostile:
     def paths(self) -> list[str]:
         """Of all requests but those for robots.txt."""
         return [seen.path for seen in list(self.seen) if seen.path != "/robots.txt"]
+
+    def connected(self, change: int) -> None:
+        with self._lock:
+            self._open += change
+            self.most_open = max(self.most_open, self._open)
 
     def begin(self, seen: Seen) -> int:
         """Returns how often this path was asked for before."""
@@ -87,8 +93,13 @@ class _Handler(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        hostile = self.server.hostile
-        number = self.server.number()
+        self.server.hostile.connected(1)
+        try:
+            self._requests(self.server.hostile, self.server.number())
+        finally:
+            self.server.hostile.connected(-1)
+
+    def _requests(self, hostile: Hostile, number: int) -> None:
         while (request := self._request()) is not None:
             path, headers = request
             times = hostile.begin(Seen(path, headers, number, time.monotonic()))
@@ -101,13 +112,14 @@ class _Handler(socketserver.StreamRequestHandler):
                 return
 
     def finish(self) -> None:
-        try:
+        with suppress(OSError):  # the client left first
             super().finish()
-        except OSError:
-            pass  # the client left first
 
     def _request(self) -> tuple[str, dict[str, str]] | None:
         try:
+            if self.rfile.peek(1)[:1] == b"\x16":  # somebody begins to speak TLS
+                self._raw(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                return None
             line = self.rfile.readline()
             headers = {}
             while (header := self.rfile.readline()).strip():
@@ -195,6 +207,9 @@ class _Handler(socketserver.StreamRequestHandler):
         return False
 
     def _send(self, status: int, body: bytes = b"", *headers: str) -> bool:
+        if status in (204, 304):  # have no body
+            self._raw("\r\n".join([f"HTTP/1.1 {status} Whatever", *headers]).encode("latin-1") + b"\r\n\r\n")
+            return True
         lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
         self._raw("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
         return True
@@ -246,17 +261,20 @@ def hostile_server(image: bytes, address: str = "127.0.0.1", port: int = 0, **op
 
 @contextmanager
 def witness(address: str, port: int = 0) -> Iterator[tuple[int, list[object]]]:
-    """(port, connections made to it), of a socket to which nothing should ever come."""
+    """(port, connections made to it), of a socket to which nothing should ever come; the list is complete when the context ends."""
     came: list[object] = []
     with socket.create_server((address, port)) as listening:
         ending = threading.Event()
 
         def watch() -> None:
             listening.settimeout(0.05)
-            while not ending.is_set():
+            while True:
+                last = ending.is_set()  # whatever came until then lies in the backlog
                 try:
                     connection, where = listening.accept()
                 except TimeoutError:
+                    if last:
+                        return
                     continue
                 came.append(where)
                 connection.close()

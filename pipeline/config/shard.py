@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from ipaddress import ip_network
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -60,12 +62,12 @@ class ShardText(Section):
 
 
 class Fetch(Section):
-    """How the images of `urls` are downloaded."""
+    """How the images of `urls` are downloaded. Proxies, cookies and credentials are not used."""
 
     connections: Count = Field(128, description="requests under way, of one worker")
     per_host: Count = Field(8, description="of these to one host")
     rate: Positive | None = Field(None, description="requests a second to one host, of all workers together; default: as per_host allows")
-    timeout: Time = Field(units.Duration(20, "second"), description="of one attempt, from its beginning to the last byte")
+    timeout: Time = Field(units.Duration(20, "second"), description="of one request, from its beginning to the last byte")
     retries: Annotated[int, Field(ge=0)] = Field(
         2, description="further attempts, where a host is overloaded (429, 5xx), resets a connection or does not answer"
     )
@@ -77,12 +79,36 @@ class Fetch(Section):
     opt_out: list[str] = Field(
         ["noai", "noimageai"], description="directives of X-Robots-Tag that make an image `opted-out`; [] heeds none"
     )
-    agent: str = Field("tessera", description="what we call ourselves to hosts, and the name that robots.txt is read for")
+    agent: str = Field(
+        "tessera",
+        description="what we call ourselves to hosts, best with a way to reach you: tessera/1.0 (+https://lab.example); robots.txt is read "
+        "for the name before the first / or space",
+    )
     allow: list[str] = Field(
         [],
         description="hosts, addresses or networks (10.0.0.0/8) that may be asked though they are private, loopback or link-local; other "
         "such addresses are refused (`forbidden-address`)",
     )
+
+    @field_validator("agent")
+    @classmethod
+    def _agent_is_a_header(cls, agent: str) -> str:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z_-]*([/ (][ -~]*)?", agent):
+            raise ValueError("must be plain ASCII and begin with a name of letters, '-' and '_', as in 'tessera/1.0 (+https://a.example)'")
+        return agent
+
+    @field_validator("allow")
+    @classmethod
+    def _networks_are_networks(cls, allow: list[str]) -> list[str]:
+        for n, entry in enumerate(allow):
+            if "/" in entry:
+                try:
+                    ip_network(entry)
+                except ValueError as e:
+                    raise ValueError(f"{n}: {entry!r} is neither a host nor an address nor a network ({e})") from None
+            elif not entry.strip("[]") or set(entry) & set(" @?#*"):
+                raise ValueError(f"{n}: {entry!r} is neither a host nor an address nor a network")
+        return allow
 
 
 class Duplicates(Section):

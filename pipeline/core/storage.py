@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -149,13 +150,10 @@ class Storage:
     def names(self, key: str = "") -> list[str]:
         """Sorted names of what lies directly in a directory; empty where there is none."""
         with self._explained("list", key):
-            try:
-                return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self._at(key), detail=False))
-            except FileNotFoundError:
-                return []
+            return stores.names(self.fs, self._at(key))
 
     def entries(self) -> list[tuple[str, int | None]]:
-        """Sorted (name, bytes, None of a directory) of what lies directly here; empty where there is no such directory."""
+        """Sorted (name, bytes, None of a directory) of what lies directly here; empty where there is no directory."""
         with self._explained("list", ""):
             return stores.entries(self.fs, self._at(""))
 
@@ -194,15 +192,16 @@ class Storage:
                     return self.fs.cat_file(self._at(key)) == data
                 return False
 
-    def put(self, local: Path, key: str) -> None:
-        """Publish a local file under `key`."""
+    def put(self, local: Path, key: str, move: bool = False) -> None:
+        """Publish a local file under `key`. `move`: of a local store, it lies on the same file system and may be taken from there."""
         with self._explained("write", key):
             if self.is_local:
-                temporary = self._beside(key, None)
+                temporary = os.fspath(local) if move else self._beside(key, None)
                 try:
-                    with open(local, "rb") as source, open(temporary, "wb") as target:
-                        while block := source.read(1 << 22):
-                            target.write(block)
+                    with open(temporary, "rb+") as target:
+                        if not move:
+                            with open(local, "rb") as source:
+                                shutil.copyfileobj(source, target, 1 << 22)
                         target.flush()
                         os.fsync(target.fileno())
                     os.replace(temporary, self._at(key))
@@ -216,11 +215,8 @@ class Storage:
 
     def remove(self, key: str = "") -> None:
         """Remove an object, or a directory and all below it; nothing happens where there is none."""
-        with self._explained("remove", key):
-            try:
-                self.fs.rm(self._at(key), recursive=True)
-            except FileNotFoundError:
-                return
+        with self._explained("remove", key), suppress(FileNotFoundError):
+            self.fs.rm(self._at(key), recursive=True)
 
     def abort_uploads(self, prefix: str) -> int:
         """Give up what a killed process left of uploads to S3, in parts, of keys that begin with `prefix`; tells how many there were. Such

@@ -41,6 +41,14 @@ def head(fs: Any, protocol: str, path: str) -> Head:
     return Head(int(info["size"]), bytes(raw).hex() if raw else None)
 
 
+def names(fs: Any, path: str) -> list[str]:
+    """Sorted names of what lies directly at `path`."""
+    try:
+        return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
 def entries(fs: Any, path: str) -> list[tuple[str, int | None]]:
     """Sorted (name, bytes, None of a directory) of what lies directly at `path`."""
     try:

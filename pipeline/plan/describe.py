@@ -9,6 +9,7 @@ from pipeline.config import Config, fingerprint
 from pipeline.core.units import format_bytes, format_count, format_flops, format_seconds
 from pipeline.plan.fit import as_typed, smallest_change
 from pipeline.plan.plan import UPLOAD, Plan
+from pipeline.shards.forecast import Forecast
 
 _FIELDS = (
     "steps",
@@ -24,14 +25,17 @@ _FIELDS = (
 )
 
 
-def describe(config: Config, plan: Plan | None, estimated: bool, workers: int) -> dict[str, Any]:
-    """Plain values: the resolved config, its hash, and the plan of pre-training where there is one, whose main figures are at the top."""
+def describe(config: Config, plan: Plan | None, estimated: bool, workers: int, shard: Forecast | None = None) -> dict[str, Any]:
+    """Plain values: the resolved config, its hash, what sharding will take, and the plan of pre-training where there is one, whose main
+    figures are at the top."""
     stages = [name for name in ("shard", "pretrain", "evaluate") if getattr(config, name)]
     facts: dict[str, Any] = {
         "config": config.model_dump(mode="json", by_alias=True),
         "hash": fingerprint(config),
         "stages": [*stages, "report"],
     }
+    if shard is not None:
+        facts["shard"] = asdict(shard)
     if plan and config.pretrain:
         p, pace = config.pretrain, plan.pace
         change = smallest_change(plan.load, plan.device.memory) if plan.fits is False else None
@@ -86,6 +90,12 @@ def _memory(plan: Plan) -> dict[str, Any]:
 
 def as_text(facts: dict[str, Any], config: str) -> str:
     lines = [config, f"hash         {facts['hash']}", f"stages       {', '.join(facts['stages'])}"]
+    if s := facts.get("shard"):
+        lines.append(
+            f"shard        {'' if s['exact'] else 'about '}{s['rows']:,} rows in {s['parts']:,} parts; about {s['shards']:,} shards of "
+            f"{s['rows_a_shard']:,} rows, {format_bytes(s['bytes'])} before any is dropped; planned in {s['passes']} passes over the rows, "
+            f"in {s['ranges']:,} ranges, {format_bytes(s['plan_bytes'])} beside the shards meanwhile"
+        )
     if p := facts.get("pretrain"):
         about = "about " if p["samples_are_estimated"] else ""
         lines += [

@@ -82,7 +82,7 @@ def _check(data: bytes, images: ShardImages) -> Checked:
 
 
 def _check_jpeg(data: bytes, image: Image.Image, images: ShardImages) -> Checked:
-    if (scans := data.count(b"\xff\xda")) > _SCANS:
+    if (scans := ends.jpeg_scans(data)) > _SCANS:
         raise Drop("corrupt", f"it has {scans} scans, the most is {_SCANS}")
     change = Change.of(image.size, images.resize, _orientation(image))
     is_plain = image.mode in ("RGB", "L")

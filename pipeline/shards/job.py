@@ -10,7 +10,6 @@ A shard of which no sample is left is not written, and its number stays free.
 from __future__ import annotations
 
 import heapq
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -29,21 +28,9 @@ from pipeline.shards.samples import printable
 from pipeline.shards.shuffle import Earlier
 from pipeline.shards.sources import Source, open_source
 from pipeline.shards.table import ShardTable
+from pipeline.shards.work import State, clear, free_numbers, place_of, read_state, tidy, write_state
 
-WORK = ".plan"  # beside the shards: plans, records, and what the next version needs of this one
-_STATE = "state.json"
 _DECIDES = {"images", "text", "filter", "splits", "size", "samples", "shuffle"}
-
-
-@dataclass(frozen=True)
-class _State:
-    """What the next version needs to know of a finished one: the stamp of its source, and by version the ranges of keys in `known/`."""
-
-    version: int
-    stamp: str
-    classes: list[str]
-    rows_a_shard: int | None
-    groups: list[int]
 
 
 def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple[Manifest, dict[str, float]]:
@@ -83,14 +70,14 @@ def dataset_fingerprint(shard: Shard) -> str:
 
 def _grow(shard: Shard, directory: Storage, found: Manifest, grow: bool) -> Manifest | None:
     """The next version, or None where the source has nothing new."""
-    state = _read_state(directory)
-    if state is None or state.version != found.version:
-        return None  # made elsewhere or by others: what its rows were is not known
-    _tidy(directory, found.version)
+    state = read_state(directory, found.version)
+    if state is None:
+        return None  # what its rows were is not known
+    tidy(directory, found.version)
     return _make(shard, directory, found, state) if grow else None
 
 
-def _make(shard: Shard, directory: Storage, found: Manifest | None, state: _State | None) -> Manifest | None:
+def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State | None) -> Manifest | None:
     source = open_source(shard.source)
     try:
         survey = source.survey()
@@ -106,22 +93,22 @@ def _make(shard: Shard, directory: Storage, found: Manifest | None, state: _Stat
     earlier, firsts = Earlier(), dict[str, int]()
     if found is not None and state is not None:
         header = Header(version, header.config, header.source, header.stamp, state.classes, state.rows_a_shard)
-        earlier = Earlier([(_place(directory, n), groups) for n, groups in enumerate(state.groups, 1)])
-        firsts = _free_numbers(directory, found.version)
+        earlier = Earlier([(place_of(directory, n), groups) for n, groups in enumerate(state.groups, 1)])
+        firsts = free_numbers(directory, found.version)
     from pipeline.shards.tasks import default_workers  # Ray comes with it, of which a plan has no need
 
-    place, workers = _place(directory, version), shard.workers or default_workers()
+    place, workers = place_of(directory, version), shard.workers or default_workers()
     plan = Planner(shard, source, header, survey.rows, earlier, place, workers).plan(firsts)
     if found is not None and not plan.header.read:
         place.remove()
-        _write_state(directory, plan.header, state, found.version)
+        write_state(directory, plan.header, state, found.version)
         return None
-    _begin(directory, place, is_first=found is None)
+    clear(directory, place, is_first=found is None)
     filled = _fill(shard, source, plan, place, directory, workers)
     manifest, shards = _summarise(shard, plan, filled, found, directory)
-    _write_state(directory, plan.header, state, version)
+    write_state(directory, plan.header, state, version)
     publish(directory, shards, manifest)
-    _tidy(directory, version)
+    tidy(directory, version)
     return manifest
 
 
@@ -162,70 +149,6 @@ def _fill(shard: Shard, source: Source, plan: Plan, place: Storage, directory: S
     for result in run_recorded("shard", "images", "fill", fill_shard, plan.jobs, shared, place, workers, told):
         filled.add(result)
     return filled
-
-
-def _place(directory: Storage, version: int) -> Storage:
-    return directory / WORK / f"v{version}"
-
-
-def _begin(directory: Storage, place: Storage, is_first: bool) -> None:
-    """Before the first shard of a plan is written: what an unfinished or different dataset left goes, its manifest first."""
-    if place.exists("cleared"):
-        return
-    if is_first:
-        directory.remove("manifest.json")
-        for name in directory.names():
-            if name != WORK and _is_ours(name):
-                directory.remove(name)
-        for name in (directory / WORK).names():
-            if name != "v1":
-                (directory / WORK).remove(name)
-        directory.abort_uploads("")
-    directory.check_writable()
-    place.write("cleared", b"")
-
-
-def _is_ours(name: str) -> bool:
-    is_version = name.startswith(("manifest-v", "shards-v")) and name.endswith((".json", ".parquet"))
-    return (
-        is_version
-        or name.endswith((".tar", ".index.parquet"))
-        or name in ("shards.parquet", "columns.json", "deny")
-        or name.startswith(".tmp-")
-    )
-
-
-def _tidy(directory: Storage, version: int) -> None:
-    """Remove what served to make a version, except the keys of its rows, and files that a killed job left half-written."""
-    place = _place(directory, version)
-    for name in place.names():
-        if name != "known":
-            place.remove(name)
-    for name in directory.names():
-        if name.startswith(".tmp-"):
-            directory.remove(name)
-
-
-def _read_state(directory: Storage) -> _State | None:
-    try:
-        return _State(**json.loads((directory / WORK).read(_STATE)))
-    except FileNotFoundError:
-        return None
-
-
-def _write_state(directory: Storage, header: Header, before: _State | None, version: int) -> None:
-    groups = (before.groups if before else []) + ([header.groups] if header.read else [])
-    state = _State(version, header.stamp, header.classes, header.rows_a_shard, groups[:version])
-    (directory / WORK).write(_STATE, json.dumps(state.__dict__).encode())
-
-
-def _free_numbers(directory: Storage, version: int) -> dict[str, int]:
-    """By split, the number after those of all its shards."""
-    numbers: dict[str, int] = {}
-    for record in ShardTable(directory, version=version):
-        number = int(record.name.removesuffix(".tar").rpartition("-")[2])
-        numbers[record.split] = max(numbers.get(record.split, 0), number + 1)
-    return numbers
 
 
 def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, directory: Storage) -> tuple[Manifest, list[ShardRecord]]:

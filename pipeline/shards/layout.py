@@ -11,7 +11,7 @@ from pipeline.shards.sources.base import Item
 
 _KEY_DIGITS = 20  # 80 bits: two among a thousand million paths coincide with probability 4e-7
 _TAR_END = 10240  # the end-of-archive record
-_MEMBER = 1024  # a member's header and padding, at most
+MEMBER_BYTES = 1024  # a member's header and padding, at most
 _JSON = 512  # what we add to the json member, apart from the path
 
 
@@ -45,7 +45,7 @@ def planned_bytes(item: Item) -> int:
     has_label = item.class_name is not None or item.label is not None or "cls" in item.side
     members = 2 + has_label + ("txt" in item.side or item.text is not None)
     beside = 4 * len(item.text or "") + sum(len(k) + 2 * len(str(v)) + 8 for k, v in item.extra.items())
-    return item.bytes + members * _MEMBER + _JSON + 6 * len(item.path) + beside  # JSON may spell a letter \u1234
+    return item.bytes + members * MEMBER_BYTES + _JSON + 6 * len(item.path) + beside  # JSON may spell a letter \u1234
 
 
 def cut_by_bytes(sizes: np.ndarray, size: int) -> list[slice]:

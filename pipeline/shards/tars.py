@@ -205,3 +205,24 @@ def _end(headers: _Headers, start: int) -> End:
     if headers.short:
         return End("truncated", start)
     return End("damaged" if start else "not-a-tar", start)
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o444
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+_PLAIN = _header("", 0)
+_CHECKSUM = sum(_PLAIN[100:124]) + sum(_PLAIN[136:148]) + 8 * ord(" ") + sum(_PLAIN[156:])
+
+
+def header(name: str, size: int) -> bytes:
+    """The header of a plain file of `size` bytes without owner or time, and a pax header before it where the name needs one, as
+    tarfile makes them."""
+    if len(name) > 100 or not name.isascii() or size >= 8**11:
+        return _header(name, size)
+    # Almost all there are, in a quarter of the time: name, size and checksum put into an empty one.
+    path, length = name.encode().ljust(100, b"\0"), b"%011o\0" % size
+    checksum = b"%06o\0 " % (sum(path) + sum(length) + _CHECKSUM)
+    return b"".join((path, _PLAIN[100:124], length, _PLAIN[136:148], checksum, _PLAIN[156:]))

@@ -17,6 +17,7 @@ from functools import lru_cache
 from ipaddress import ip_address
 
 import aiohttp
+from aiohttp.connector import Connection
 from yarl import URL
 
 from pipeline.shards.fetch.addresses import Forbidden, Guard, asked_host
@@ -28,7 +29,7 @@ from pipeline.shards.fetch.robots import opts_out, product_token
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _BODIES = frozenset({200, 203})
-_IDLE = 15.0  # seconds that a connection without a request is kept
+_IDLE = 5.0  # seconds that a connection without a request is kept
 _BUFFER = 1 << 17  # bytes of one connection
 _INFLATED = 1 << 20  # bytes that are decompressed at a time
 _REST, _REST_TIME = 1 << 16, 1.0  # bytes and seconds of an answer nobody wants that are read to keep its connection
@@ -54,6 +55,15 @@ class Answer:
     opted_out: bool = False
 
 
+class _Response(aiohttp.ClientResponse):
+    """Of a connection that is closed after it, where we said so, whatever the host does: those of thousands of hosts would stay open."""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        if self.request_info.headers.get("Connection") == "close" and connection.protocol is not None:
+            connection.protocol.force_close()
+        return await super().start(connection)
+
+
 class Client:
     """For one event loop; `timeout` in seconds, of one request."""
 
@@ -69,6 +79,7 @@ class Client:
             headers={"User-Agent": agent, "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout / 2),
+            response_class=_Response,
             trust_env=False,
             auto_decompress=False,
             read_bufsize=_BUFFER,
@@ -124,6 +135,8 @@ class Client:
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         inflate = zlib.decompressobj(wbits=47) if encoding in ("gzip", "x-gzip", "deflate") else None  # 47: gzip or zlib
         parts, size, content, budget = list[bytes](), 0, response.content, self._budget
+        if "Transfer-Encoding" in response.headers:
+            _end_with_connection(response)
         try:
             while size <= longest and (chunk := await content.readany()):
                 for part in (chunk,) if inflate is None else _inflated(inflate, chunk):
@@ -142,6 +155,19 @@ class Client:
             budget.end(response)
             budget.give(size)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _end_with_connection(response: aiohttp.ClientResponse) -> None:
+    """A damaged chunk makes aiohttp (3.14) close the connection and forget whoever reads the body; so that has to be told."""
+    content = response.content
+
+    def tell(_: object) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
+
+    protocol = response.connection and response.connection.protocol
+    if protocol is not None and (closed := protocol.closed) is not None:
+        closed.add_done_callback(tell)
 
 
 def _inflated(inflate: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from types import TracebackType
@@ -41,9 +41,11 @@ class Fetcher:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
         self._thread.start()
         self._known = self._call(self._open()).result()
+        self._results = self._fetch([])
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._results.close()
         self._call(self._known.client.close()).result()
         self._resolvers.shutdown(wait=False, cancel_futures=True)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -52,7 +54,12 @@ class Fetcher:
 
     def fetch(self, urls: Sequence[str]) -> Iterator[Result]:
         """(index into `urls`, image or reason), each URL once, in the order of arrival. Whoever takes them slowly makes it ask slowly;
-        whoever leaves early ends what is under way."""
+        whoever leaves early, or begins another list, ends what is under way."""
+        self._results.close()
+        self._results = self._fetch(urls)
+        return self._results
+
+    def _fetch(self, urls: Sequence[str]) -> Generator[Result, None, None]:
         out: SimpleQueue[Result | None] = SimpleQueue()
         budget = self._known.budget
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -17,7 +18,8 @@ from typing import Generic, Protocol, TypeVar
 
 PAUSE = 1.0  # seconds: the first pause; each further one is twice as long
 STRIKES = 8  # pauses in a row after which a host is overloaded still, and is given up
-FAILURES = 16  # connections in a row that could not be made, or first requests without any answer, after which a host is given up
+FAILURES = 6  # pauses in a row after which no connection can be made, or a host that never answered does not, and is given up
+_FAILURE_PAUSE = 4.0  # seconds, the longest of these pauses
 _GIVEN_UP = 600.0  # seconds
 _MANY = 10_000  # hosts, of which those that ask nothing of us are forgotten
 
@@ -67,16 +69,16 @@ class Host:
             return
         self._strikes += 1
         self.at_once = max(1, self.at_once // 2)
-        self._paused_until = now + (backoff(self._strikes, patience) if wait is None or wait > patience else wait)
-        self.not_before = max(self.not_before, self._paused_until)
+        self._pause(now + (backoff(self._strikes, patience) if wait is None or wait > patience else wait))
         if self._strikes >= STRIKES:
             self._give_up(reason, now)
 
     def no_answer(self, reason: str, connected: bool, now: float) -> None:
         """`connected`: it took the connection at least. If it ever answered, that it does not answer for one URL says nothing of others."""
-        if connected and self.answered:
+        if (connected and self.answered) or now < self._paused_until:
             return
         self._failures += 1
+        self._pause(now + backoff(self._failures, _FAILURE_PAUSE))
         if self._failures >= FAILURES:
             self._give_up(reason, now)
 
@@ -84,9 +86,13 @@ class Host:
         """Whether there is nothing to remember of it."""
         return now >= self.not_before and not (self._strikes or self._failures) and self.given_up(now) is None
 
+    def _pause(self, until: float) -> None:
+        self._paused_until = until
+        self.not_before = max(self.not_before, until)
+
     def _give_up(self, reason: str, now: float) -> None:
         self._given_up = reason, now + _GIVEN_UP
-        self.not_before = now
+        self.not_before = self._paused_until = now
         self._strikes = self._failures = 0
 
 
@@ -130,12 +136,13 @@ class _Line(Generic[R]):
 class Queue(Generic[R]):
     """Requests in, and out as their hosts may be asked; for one event loop."""
 
-    def __init__(self, hosts: Hosts, per_host: int, interval: float) -> None:
-        """`interval`: seconds between two requests to a host."""
+    def __init__(self, hosts: Hosts, per_host: int, interval: float, room: Callable[[], Awaitable[None]]) -> None:
+        """`interval`: seconds between two requests to a host; `room` is awaited before a request is given out."""
         self._loop = asyncio.get_running_loop()
-        self._hosts, self._per_host, self._interval = hosts, per_host, interval
+        self._hosts, self._per_host, self._interval, self._room = hosts, per_host, interval, room
         self._lines: dict[str, _Line[R]] = {}
         self._ready: deque[_Line[R]] = deque()
+        self._again: deque[_Line[R]] = deque()  # may hold some more than once
         self._takers: deque[asyncio.Future[None]] = deque()
 
     def put(self, request: R, first: bool = False) -> None:
@@ -149,14 +156,16 @@ class Queue(Generic[R]):
         self._loop.call_later(seconds, self.put, request)
 
     async def take(self) -> tuple[R, bool]:
-        """(a request whose host may be asked now, whether it is the last to that host for now). `done` has to follow."""
+        """(a request whose host may be asked now, whether its connection is likely not needed after it). `done` has to follow."""
         while True:
-            while not self._ready:
+            while not (self._again or self._ready):
                 taker = self._loop.create_future()
                 self._takers.append(taker)
                 await taker
-            line = self._ready.popleft()
-            line.listed = False
+            await self._room()
+            line = self._next()
+            if line is None:
+                continue
             if not self._may_start(line):  # it was put off, or its room taken, while it stood in the queue
                 self._offer(line)
                 continue
@@ -166,29 +175,47 @@ class Queue(Generic[R]):
             if line.host.given_up(now) is None:
                 line.host.not_before = max(line.host.not_before, now) + self._interval
             self._offer(line)
-            return request, not line.waiting
+            # Those of the others are likely free by then, and few enough wait.
+            return request, len(line.waiting) < 2 * line.under_way - 1
 
     def done(self, request: R) -> None:
-        """Its place is free. Who was just served stands in front, so that its connections are used again and few others are open."""
+        """Its place is free. The same host has it first, so that its connection is used again and few others are open; what a host may
+        have beyond stands in the queue."""
         line = self._lines[request.host]
         line.under_way -= 1
-        self._offer(line, front=True)
+        if self._may_start(line):
+            self._again.append(line)
+            self._wake()
+        else:
+            self._offer(line)
+
+    def _next(self) -> _Line[R] | None:
+        if self._again:
+            return self._again.popleft()
+        if not self._ready:
+            return None
+        line = self._ready.popleft()
+        line.listed = False
+        return line
 
     def _may_start(self, line: _Line[R]) -> bool:
         return bool(line.waiting) and line.under_way < min(line.host.at_once, self._per_host) and line.host.not_before <= self._loop.time()
 
-    def _offer(self, line: _Line[R], front: bool = False) -> None:
+    def _offer(self, line: _Line[R]) -> None:
         if line.listed or not line.waiting or line.under_way >= min(line.host.at_once, self._per_host):
             return
         line.listed = True
         wait = line.host.not_before - self._loop.time()
         if wait > 0:
-            self._loop.call_later(wait, self._list, line, False)
+            self._loop.call_later(wait, self._list, line)
         else:
-            self._list(line, front)
+            self._list(line)
 
-    def _list(self, line: _Line[R], front: bool) -> None:
-        (self._ready.appendleft if front else self._ready.append)(line)
+    def _list(self, line: _Line[R]) -> None:
+        self._ready.append(line)
+        self._wake()
+
+    def _wake(self) -> None:
         while self._takers:
             taker = self._takers.popleft()
             if not taker.done():

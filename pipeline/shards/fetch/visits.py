@@ -8,6 +8,7 @@ robots.txt is not known waits for that outside the queue; robots.txt itself is a
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from pipeline.shards.images import Dropped
 Deliver = Callable[[int, Fetched | Dropped], None]
 _OVERLOADED = frozenset({429, 503})
 _ANSWERED = frozenset({"truncated", "too-long", "bad-encoding"})  # though not as we wish
+_WELL_SPELT = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?/(?!.*/\.)([A-Za-z0-9._~:/?@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*")
 # What keeps robots.txt from being read, and would keep the image from it just as well: the more telling reason.
 _SAME_FOR_IMAGES = frozenset({"forbidden-address", "dns", "refused", "unreachable", "tls", "reset", "timeout", "bad-http"})
 
@@ -72,7 +74,7 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._known, self._left = known, len(urls)
         known.hosts.forget(self._loop.time())
-        self._queue: Queue[Visit] = Queue(known.hosts, self._config.per_host, self._interval)
+        self._queue: Queue[Visit] = Queue(known.hosts, self._config.per_host, self._interval, known.budget.room)
         if not urls:
             return
         async with asyncio.TaskGroup() as group:
@@ -90,7 +92,6 @@ class Run:
 
     async def _requests(self) -> None:
         while True:
-            await self._known.budget.room()
             visit, last = await self._queue.take()
             try:
                 await self._request(visit, last)
@@ -203,13 +204,15 @@ class Run:
 
 
 def _parse(text: str, base: URL | None = None) -> URL | None:
-    """An http or https URL without credentials and fragment; None where it is none."""
+    """An http or https URL without credentials and fragment; None where it is none. One that is spelt as it should be keeps its spelling,
+    which may have been signed."""
     try:
-        url = URL(text.strip())
+        text = text.strip()
+        url = URL(text, encoded=_WELL_SPELT.fullmatch(text) is not None)
         url = url if base is None else base.join(url)
         if url.scheme not in ("http", "https") or not url.raw_host or url.port == 0:
             return None
         url = url if url.raw_user is None and url.raw_password is None else url.with_user(None)
-        return url.with_fragment(None) if url.raw_fragment else url
+        return url.with_fragment(None) if "#" in text else url
     except ValueError:
         return None

@@ -65,9 +65,7 @@ def plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, Decimal | timedelta | UUID):
         return str(value)
-    if hasattr(value, "item"):  # numpy's scalars
-        return plain(value.item())
-    if hasattr(value, "tolist"):
+    if hasattr(value, "tolist"):  # numpy's scalars and arrays
         return plain(value.tolist())
     raise ValueError(f"a {type(value).__name__} has no form in JSON")
 

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from pipeline.shards.fetch import hosts
+from tests.hostile import Hostile, hostile_server
+from tests.unit.shards.fetching import IMAGE
 
 
 def _photo(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
@@ -49,3 +54,33 @@ def tree(tmp_path: Path, encoded: Callable[..., bytes]) -> Path:
     (root / "README.md").write_text("about")
     (root / "cat" / "Thumbs.db").write_bytes(b"\0" * 99)
     return root
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
+    """A web server that misbehaves, and short pauses between attempts."""
+    monkeypatch.setattr(hosts, "PAUSE", 0.02)
+    with hostile_server(IMAGE) as server:
+        yield server
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Makes names resolve to given addresses, one after another where there are several; returns the names that were asked for."""
+    real = socket.getaddrinfo
+
+    def install(**names: list[str]) -> list[str]:
+        asked: list[str] = []
+
+        def lie(host: Any, port: Any, *rest: Any, **options: Any) -> Any:
+            name = str(host).split(".")[0]
+            if name in names:
+                asked.append(name)
+                address = names[name].pop(0) if len(names[name]) > 1 else names[name][0]
+                return real(address, port, *rest, **options)
+            return real(host, port, *rest, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", lie)
+        return asked
+
+    return install

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,6 +213,22 @@ def contents_of(section: Config, directory: Storage) -> dict[str, bytes]:
     return contents(directory)
 
 
+def test_a_machine_that_dies_is_made_up_for(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shard's first task ends as a killed process does."""
+    section, died = config({"url": str(tree)}, samples=25), tmp_path / "died"
+    died.mkdir()
+
+    def dying(name: str, *rest: Any) -> dict[str, Any]:
+        if not (died / name).exists():
+            (died / name).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fill_shard(name, *rest)
+
+    expected = contents_of(section, Storage(str(tmp_path / "whole")))
+    monkeypatch.setattr(job, "fill_shard", dying)
+    assert contents_of(section, Storage(str(tmp_path / "out"))) == expected and len(list(died.iterdir())) > 3
+
+
 def test_code_that_fails_is_no_reason_to_drop_anything(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str, *rest: Any) -> dict[str, Any]:
         raise ZeroDivisionError(f"in {name}")
@@ -274,7 +292,34 @@ def test_versions(web: Hostile, tmp_path: Path, small_ranges: None) -> None:
     urls(tmp_path / "in" / "d.parquet", rows[130:150])
     third, _ = make_dataset(section, directory)
     assert (third.version, third.written) == (3, 120) and read_manifest(directory, 2) == second and read_manifest(directory, 1) == first
-    assert (tmp_path / "out" / ".plan").is_dir() and {p.name for p in (tmp_path / "out" / ".plan" / "v3").iterdir()} == {"known"}
+    assert (tmp_path / "out" / ".plan").is_dir() and {p.name for p in (tmp_path / "out" / ".plan" / "v3").iterdir()} == {
+        "known",
+        "state.json",
+    }
+
+
+@pytest.mark.parametrize("moment", ["publish", "tidy", "write_state", "_summarise"])
+def test_a_version_that_was_stopped_as_it_ended_is_published(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    directory, section = Storage(str(tmp_path / "out")), config({"url": str(tree)})
+    first, _ = make_dataset(section, directory)
+    for n in range(5):
+        (tree / "cat" / f"new-{n}.png").write_bytes((tree / "cat" / "002.png").read_bytes())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if moment == "tidy":
+            real, calls = job.tidy, list[int]()
+            patch.setattr(job, "tidy", lambda *a: stopped() if calls else (calls.append(1), real(*a)))  # the first is of version 1
+        else:
+            patch.setattr(job, moment, stopped)
+        make_dataset(section, directory)
+    second, _ = make_dataset(section, directory)
+    assert (second.version, second.written, read_manifest(directory, 1)) == (2, 85, first)
+    assert make_dataset(section, directory) == (second, {})
+    assert {p.name for p in (tmp_path / "out" / ".plan" / "v2").iterdir()} == {"known", "state.json"}
 
 
 def test_new_images_of_new_classes_keep_the_numbers_of_old_ones(tree: Path, tmp_path: Path) -> None:
@@ -299,14 +344,14 @@ def test_a_source_that_is_gone_leaves_its_dataset(tree: Path, tmp_path: Path) ->
 
 def test_a_source_that_changes_while_it_is_read(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that vanishes after it was listed is a reason; one that comes is for the next version."""
-    directory, section, real = Storage(str(tmp_path / "out")), config({"url": str(tree)}), job._begin
+    directory, section, real = Storage(str(tmp_path / "out")), config({"url": str(tree)}), job.clear
 
     def meanwhile(*arguments: Any, is_first: bool) -> None:
         real(*arguments, is_first=is_first)
         (tree / "cat" / "000.jpg").unlink()
         (tree / "cat" / "new.jpg").write_bytes((tree / "cat" / "004.jpg").read_bytes())
 
-    monkeypatch.setattr(job, "_begin", meanwhile)
+    monkeypatch.setattr(job, "clear", meanwhile)
     first, _ = make_dataset(section, directory)
     assert first.dropped == {"corrupt": 1, "empty": 1, "unreadable": 1} and first.read == 82
     monkeypatch.undo()

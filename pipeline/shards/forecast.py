@@ -1,0 +1,58 @@
+"""What sharding a source will take, from what its listings and footers say: for plans, which read no rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config.shard import Shard
+from pipeline.shards.layout import MEMBER_BYTES
+from pipeline.shards.plan import GROUP_ROWS
+from pipeline.shards.sources import Survey, open_source
+
+_RESIZED, _AS_IT_IS = 25_000, 100_000  # bytes of an image of which nothing is known: at 256 pixels, and as the web has them
+_PLANNED = 150  # bytes of a row in the files of a plan, compressed: a URL, a caption, a few numbers
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`exact`: whether `rows` is no estimate. `ranges` that the rows are shuffled in, in so many `passes` over them before images are read;
+    `plan_bytes` lie beside the shards meanwhile. Bytes of the shards, before anything is dropped."""
+
+    rows: int
+    parts: int
+    exact: bool
+    rows_a_shard: int
+    shards: int
+    ranges: int
+    passes: int
+    plan_bytes: int
+    bytes: int
+
+
+def forecast(shard: Shard) -> Forecast:
+    """Raises as the source's `survey`."""
+    source = open_source(shard.source)
+    return forecast_of(shard, source.survey(), source.has_sizes, source.in_blocks)
+
+
+def forecast_of(shard: Shard, survey: Survey, has_sizes: bool, in_blocks: bool) -> Forecast:
+    is_known = has_sizes and shard.images.resize is None
+    mean = survey.mean if is_known else _RESIZED if shard.images.resize else _AS_IT_IS
+    sample = round(mean) + 3 * MEMBER_BYTES
+    rows_a_shard = shard.samples or max(1, shard.size // sample)
+    ranges = max(1, -(-survey.rows // GROUP_ROWS))
+    shards = 0
+    for share in shard.splits.values():
+        of_range = survey.rows * share / ranges
+        shards += ranges * max(1, -(-int(of_range) // rows_a_shard)) if of_range >= 1 else max(1, round(survey.rows * share))
+    return Forecast(
+        rows=survey.rows,
+        parts=survey.parts,
+        exact=survey.exact,
+        rows_a_shard=rows_a_shard,
+        shards=shards,
+        ranges=ranges,
+        passes=3 if in_blocks or not shard.shuffle else 2,
+        plan_bytes=survey.rows * _PLANNED,
+        bytes=survey.rows * sample,
+    )
