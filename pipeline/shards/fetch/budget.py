@@ -9,8 +9,9 @@ LIMIT = 1 << 26  # bytes
 
 
 class Budget:
-    """Beyond `limit` no request begins, and beyond twice that only one answer goes on, so that it ends whatever its length. The most in
-    memory is then 2 `limit`, one whole answer, and a buffer of each connection."""
+    """Beyond `limit` no request begins until half of that is left: many at a time cost less than one by one. Beyond twice `limit` only one
+    answer goes on, so that it ends whatever its length. The most in memory is then 2 `limit`, one whole answer, and a buffer of each
+    connection."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
@@ -59,7 +60,7 @@ class Budget:
         """Bytes are taken, or thrown away; from any thread."""
         with self._lock:
             before, self._used = self._used, self._used - size
-            crossed = self._used < self._limit <= before or self._used <= 2 * self._limit < before
+            crossed = self._used < self._limit // 2 <= before or self._used <= 2 * self._limit < before
         if crossed and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake)
 

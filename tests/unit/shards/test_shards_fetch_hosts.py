@@ -204,7 +204,11 @@ def test_bytes_that_nobody_takes_hold_up_requests_and_one_answer_goes_on() -> No
             await second
             assert clock.when() is not None
         budget.end("second")
-        await asyncio.to_thread(budget.give, 120)
+        await asyncio.to_thread(budget.give, 15)
+        await asyncio.to_thread(budget.give, 100)
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await asyncio.to_thread(budget.give, 50)
         await waiting
 
     _run(work())
