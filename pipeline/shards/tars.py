@@ -87,9 +87,10 @@ def _read_block(directory: Storage, name: str, start: int) -> bytes:
 
 
 class Tape:
-    """Bytes that pass by once. `whole` is the sha256 of all that passed; `crc` may be set by whoever reads."""
+    """Bytes that pass by once. `whole` is the sha256 of all that passed, if they are `hashed`; `crc` may be set by whoever reads."""
 
-    def __init__(self, blocks: Iterator[bytes]) -> None:
+    def __init__(self, blocks: Iterator[bytes], hashed: bool = True) -> None:
+        self._hashed = hashed
         self._blocks, self._block, self._used = blocks, b"", 0
         self.position, self.crc, self.whole = 0, 0, hashlib.sha256()
 
@@ -124,7 +125,8 @@ class Tape:
         """Of the next `count` bytes those in the block at hand; none at the end only."""
         if self._used == len(self._block) and count > 0:
             self._block, self._used = next(self._blocks, b""), 0
-            self.whole.update(self._block)
+            if self._hashed:
+                self.whole.update(self._block)
         piece = self._block[self._used : self._used + max(0, count)]
         self._used += len(piece)
         self.position += len(piece)

@@ -1,17 +1,18 @@
 """One tar shard and its index: written, indexed by the bytes as they are written, and only then published.
 
 The tar is what webdataset's TarWriter writes, byte for byte (`tests/unit/shards/test_shards_tar_properties.py`), in less time:
-no time, no owner, a sample's members in order of their names. Its bytes go to a file, and at the same time, in a thread beside,
-through what reads any tar (`index.py`): that makes the rows and the sha256.
+no time, no owner, a sample's members in order of their names. Its bytes go to a file, and at the same time through what reads
+any tar (`index.py`), which makes the rows.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-import queue
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from pipeline.shards.samples import Sample
 from pipeline.shards.tars import Tape, header
 
 _BLOCK = 1 << 20  # bytes that are written at once
-_AHEAD = 8  # blocks written and not yet indexed
+_AHEAD = 8  # blocks indexed and not yet written
 _SYNCED = 1 << 25  # bytes after which the disk is told to begin, so that there is little left to wait for at the end
 
 
@@ -71,21 +72,39 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
 
 def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: bool) -> tuple[list[dict[str, Any]], int, str]:
     """(rows of `INDEX_SCHEMA`, bytes, sha256) of the tar; `keys` gets those of the samples."""
-    blocks: queue.Queue[bytes] = queue.Queue(_AHEAD)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as pool:
-        indexing, syncing, unsynced = pool.submit(_index, path.name, blocks), Future[None](), 0
-        syncing.set_result(None)
-        try:
-            for block in _blocks(samples, keys):
-                file.write(block)
-                blocks.put(block)
-                unsynced += len(block)
-                if sync and unsynced >= _SYNCED and syncing.done():
-                    syncing, unsynced = pool.submit(os.fdatasync, file.fileno()), 0
-        finally:
-            blocks.put(b"")
-        syncing.result()
-        return indexing.result()
+    digest, index, failed = hashlib.sha256(), TarIndex(), list[BaseException]()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as pool:
+
+        def keep(block: bytes) -> None:
+            assert file.write(block) == len(block)
+            digest.update(block)
+
+        def passing() -> Iterator[bytes]:
+            keeping, syncing, unsynced = deque[Future[None]](), Future[None](), 0
+            syncing.set_result(None)
+            try:
+                for block in _blocks(samples, keys):
+                    keeping.append(pool.submit(keep, block))
+                    yield block
+                    if len(keeping) > _AHEAD:
+                        keeping.popleft().result()
+                    unsynced += len(block)
+                    if sync and unsynced >= _SYNCED and syncing.done():
+                        syncing.result()
+                        syncing, unsynced = disk.submit(os.fdatasync, file.fileno()), 0
+                for future in (*keeping, syncing):
+                    future.result()
+            except BaseException as e:  # noqa: BLE001  raised below; not to be mistaken for a damaged tar by what reads this
+                failed.append(e)
+
+        # One thread for all of Python's work, else they would wait for each other; the others write, hash and sync whole blocks.
+        tape = Tape(passing(), hashed=False)
+        end = index.read(tape)
+        tape.drain()
+    if failed:
+        raise failed[0]
+    assert end.kind == "whole" and not index.dropped, f"{path.name}: {end}, {index.dropped[:1]}"
+    return index.rows, tape.position, digest.hexdigest()
 
 
 def _blocks(samples: Iterable[Sample], keys: list[str]) -> Iterator[bytes]:
@@ -102,14 +121,3 @@ def _blocks(samples: Iterable[Sample], keys: list[str]) -> Iterator[bytes]:
     pieces.append(bytes(2 * tarfile.BLOCKSIZE))
     size += sum(map(len, pieces))
     yield b"".join([*pieces, bytes(-size % tarfile.RECORDSIZE)])
-
-
-def _index(name: str, blocks: queue.Queue[bytes]) -> tuple[list[dict[str, Any]], int, str]:
-    """(rows, bytes, sha256) of the tar whose blocks come, up to an empty one."""
-    index, tape = TarIndex(), Tape(iter(blocks.get, b""))
-    try:
-        end = index.read(tape)
-    finally:
-        tape.drain()  # whoever fills the queue must never wait for nobody
-    assert end.kind == "whole" and not index.dropped, f"{name}: {end}, {index.dropped[:1]}"
-    return index.rows, tape.position, tape.whole.hexdigest()
