@@ -21,6 +21,7 @@ from pipeline.plan.setup import (
     RUNTIME_CPU,
     RUNTIME_GPU,
     SUB_GROUP,
+    SUM_BUCKET,
     Setup,
     moment_bytes,
 )  # fmt: skip
@@ -35,14 +36,16 @@ def _temporaries(optimizer: Optimizer, numbers: int) -> int:
 
 
 class _Stage0:
-    """Plain: every worker holds all of it; gradients are summed through flat copies of a bucket."""
+    """Plain: every worker holds all of it; gradients are summed through flat copies of a bucket, in fp32 in small buckets beside the
+    backward pass, of which they are parts afterwards (train/overlap.py)."""
 
     def __init__(self, s: Setup, share: int) -> None:
         self.s, self.share, self.live = s, share, s.live
         self.all = s.tensors.parameters
         self.own = self.all  # numbers that this worker's optimiser steps
-        # Alone nothing is summed (train/zero.py).
-        self.moved = min(self.all, REDUCE_BUCKET + s.tensors.largest) if s.workers > 1 or s.width < 4 else 0
+        self.full = min(self.all, SUM_BUCKET if s.width == 4 else REDUCE_BUCKET)  # numbers of the fullest bucket
+        moved = min(self.all, max(self.full, s.tensors.largest) if s.width == 4 else self.full + s.tensors.largest)
+        self.moved = moved if s.workers > 1 or s.width < 4 else 0  # alone nothing is summed (train/zero.py)
 
     def amounts(self, moment: str) -> Amounts:
         base, more = self.base(), getattr(self, moment)()
@@ -117,7 +120,7 @@ class _Stage0:
         return {"checkpoint": own, "optimizer": offloaded, "parameters": parameters, "batches": s.inputs}
 
     def buckets(self) -> Amounts:
-        return {"reduce_bucket_size": min(self.all, REDUCE_BUCKET) * self.s.width}
+        return {"reduce_bucket_size": self.full * self.s.width}
 
 
 class _Stage12(_Stage0):
@@ -126,7 +129,7 @@ class _Stage12(_Stage0):
     def __init__(self, s: Setup, share: int) -> None:
         super().__init__(s, share)
         self.own = share
-        self.full = min(self.all, REDUCE_BUCKET)  # numbers of the fullest bucket
+        self.full = min(self.all, REDUCE_BUCKET)
         self.bucket = s.width * self.full  # all of it is there from the first gradient on; a CPU's memory comes as it is written to
 
     def base(self) -> Amounts:
