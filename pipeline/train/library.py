@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -86,18 +85,8 @@ def join_group(world: World, within: timedelta = JOINED) -> None:
             f"pretrain: rank {world.rank} of {world.size} could not join the others at {where} within {within.total_seconds():.0f} s "
             f"({str(e).splitlines()[0]}); the same command may succeed once all of them start"
         ) from e
-    if dist.get_backend() == "gloo":
-        atexit.unregister(_leave_group)  # once is enough
-        atexit.register(_leave_group)
     # From now on ranks may wait for each other longer, as for a store that is away; also in a group that Ray Train made.
     dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
-
-
-def _leave_group() -> None:
-    """While Python is still there: one of gloo's threads that lets go of the last collective's tensor later would abort the process, and
-    one training in five of two ranks on a busy machine ended with SIGABRT once all was saved (torch 2.13)."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def check_precision(precision: str) -> None:
