@@ -21,6 +21,7 @@ from pipeline.plan.setup import (
     RUNTIME_CPU,
     RUNTIME_GPU,
     SUB_GROUP,
+    SUM_BUCKET,
     Setup,
     moment_bytes,
 )  # fmt: skip
@@ -35,14 +36,17 @@ def _temporaries(optimizer: Optimizer, numbers: int) -> int:
 
 
 class _Stage0:
-    """Plain: every worker holds all of it; gradients are summed through flat copies of a bucket."""
+    """Plain: every worker holds all of it. Gradients are summed through flat copies of a bucket; those in fp32 lie in small buckets of
+    their own, which stay from the first step on (train/overlap.py)."""
 
     def __init__(self, s: Setup, share: int) -> None:
         self.s, self.share, self.live = s, share, s.live
         self.all = s.tensors.parameters
         self.own = self.all  # numbers that this worker's optimiser steps
-        # Alone nothing is summed (train/zero.py).
-        self.moved = min(self.all, REDUCE_BUCKET + s.tensors.largest) if s.workers > 1 or s.width < 4 else 0
+        self.stays = s.stage == 0 and s.width == 4 and s.workers > 1  # whether gradients lie in buckets that do
+        self.full = min(self.all, SUM_BUCKET if self.stays else REDUCE_BUCKET)  # numbers of the fullest bucket
+        is_summed = s.workers > 1 or s.width < 4  # alone nothing is (train/zero.py)
+        self.moved = s.tensors.largest if self.stays else is_summed * min(self.all, self.full + s.tensors.largest)
 
     def amounts(self, moment: str) -> Amounts:
         base, more = self.base(), getattr(self, moment)()
@@ -56,6 +60,7 @@ class _Stage0:
         state = moment_bytes(s.optimizer, s.tensors) * self.own // self.all + self.master()
         return {
             "parameters": self.parameters(),
+            "gradients": s.width * self.all if self.stays else 0,
             "optimizer": 0 if s.offload != "none" and not s.on_cpu else state,
             "averages": 4 * self.own if s.has_average and (s.offload == "none" or s.on_cpu) else 0,
             "runtime": RUNTIME_CPU if s.on_cpu else RUNTIME_GPU,
@@ -84,7 +89,7 @@ class _Stage0:
 
     def held(self, size: int) -> Amounts:
         """Gradients that lie with the parameters, in tensors of their shapes."""
-        return {"gradients": size, "_heap": self.small(size)}
+        return {} if self.stays else {"gradients": size, "_heap": self.small(size)}
 
     def small(self, size: int) -> int:
         """Of `size` bytes in tensors of the parameters' shapes, those in a CPU's heap."""
@@ -117,7 +122,7 @@ class _Stage0:
         return {"checkpoint": own, "optimizer": offloaded, "parameters": parameters, "batches": s.inputs}
 
     def buckets(self) -> Amounts:
-        return {"reduce_bucket_size": min(self.all, REDUCE_BUCKET) * self.s.width}
+        return {"reduce_bucket_size": self.full * self.s.width}
 
 
 class _Stage12(_Stage0):
@@ -126,7 +131,7 @@ class _Stage12(_Stage0):
     def __init__(self, s: Setup, share: int) -> None:
         super().__init__(s, share)
         self.own = share
-        self.full = min(self.all, REDUCE_BUCKET)  # numbers of the fullest bucket
+        self.full = min(self.all, REDUCE_BUCKET)
         self.bucket = s.width * self.full  # all of it is there from the first gradient on; a CPU's memory comes as it is written to
 
     def base(self) -> Amounts:

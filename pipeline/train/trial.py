@@ -21,6 +21,7 @@ from torch import nn
 
 from pipeline.config import Config, parse_config
 from pipeline.config.pretrain import Pretrain
+from pipeline.core.command import run_rank
 from pipeline.core.world import World
 from pipeline.models import Model, build
 from pipeline.objectives import Facts, Objective, build_objective
@@ -197,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

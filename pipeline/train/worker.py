@@ -27,6 +27,7 @@ from pipeline.checkpoint.save import Saver
 from pipeline.config import Config, load_config
 from pipeline.config.data import Data
 from pipeline.config.pretrain import Pretrain
+from pipeline.core.command import run_rank
 from pipeline.core.errors import ConfigError, OutOfMemory, Preempted, TesseraError
 from pipeline.core.progress import say
 from pipeline.core.tracking import Tracker
@@ -273,4 +274,4 @@ def main(config: str, overrides: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

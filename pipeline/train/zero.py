@@ -20,6 +20,7 @@ from pipeline.models.blockwise import compile_blocks, recompute_blocks
 from pipeline.plan.workload import stage_of
 from pipeline.train.heap import keep_memory
 from pipeline.train.library import import_deepspeed
+from pipeline.train.overlap import OverlappedSum
 from pipeline.train.settings import settings
 from pipeline.train.state import State
 from pipeline.train.statistics import Statistics
@@ -53,8 +54,12 @@ class Engine:
         how = settings(config, rounds, world.size, model.parameter_count)
         with contextlib.redirect_stdout(sys.stderr):
             self.engine, self.optimizer, _, _ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=how)
-        if self.is_plain and world.size == 1:  # here DeepSpeed would copy all gradients to one tensor, and back: a tenth of a small step
+        self._sum: OverlappedSum | None = None
+        if self.is_plain and "communication_data_type" not in config.deepspeed:
+            # DeepSpeed would copy all gradients to one tensor, and back, once the backward pass is done: alone a tenth of a small step.
             self.engine.enable_backward_allreduce = False
+            if world.size > 1:
+                self._sum = OverlappedSum(model.parameters(), is_early=not config.recompute)
         if config.compile:
             compile_blocks(model)
         if config.recompute:
@@ -110,12 +115,19 @@ class Engine:
             self._sound[len(self._flags)] = sound
         finite = loss.detach().isfinite()
         self._flags.append(finite)
+        share = 1.0
+        if self._sum is not None:
+            share = 1 / self.world.size
+            if self.engine.is_gradient_accumulation_boundary():
+                self._sum.begin()
         # A loss that is no finite number need not have such a gradient. Now it has: by their sum all ranks know of it, and take no update.
-        self.engine.backward(loss * torch.where(finite, 1.0, torch.nan).to(loss.dtype))
+        self.engine.backward(loss * torch.where(finite, share, torch.nan).to(loss.dtype))
 
     def step(self) -> None:
         """To be called after each backward; every `rounds`th call updates the parameters, and brings back what left its limits."""
         is_update, is_finite = self.engine.is_gradient_accumulation_boundary(), True
+        if self._sum is not None and is_update:
+            self._sum.finish()
         if self.is_plain and is_update:  # here DeepSpeed keeps no norm, and would take any update
             parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
             for parameter in parameters:

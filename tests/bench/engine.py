@@ -44,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.checkpoint import claim_run
 from pipeline.config import load_config
+from pipeline.core.command import run_rank
 from pipeline.core.tracking import Tracker
 from pipeline.core.world import World
 from pipeline.stream import Stream
@@ -316,4 +317,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

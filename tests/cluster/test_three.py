@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,12 @@ def test_mlflow_down(here: Here, unbroken_here: list[Row], told: Told, tmp_path:
     [port] = free_ports(1)
     url, command = f"http://127.0.0.1:{port}", mlflow_command("127.0.0.1", port, tmp_path)
     values = here.config("untold", STEPS, tracking=url)
-    with ExitStack() as server:
-        server.enter_context(service(command, tmp_path / "log", lambda: answers(f"{url}/health"), MLFLOW))
-        with running(here.start(values, has_ray=False)) as job:
-            moment = job.at_step(AT)
-            server.close()  # it takes a second or so; training goes on meanwhile
-            down = time.time()
-            job.ends_with(0)
+    server = service(command, tmp_path / "log", lambda: answers(f"{url}/health"), MLFLOW)
+    with server as session, running(here.start(values, has_ray=False)) as job:
+        moment = job.at_step(AT)
+        os.killpg(session, signal.SIGKILL)  # at once: asked to end it would take a second, in which training ends too
+        down = time.time()
+        job.ends_with(0)
     assert "does not answer" in job.text(moment)
     run = here.run(values)
     losses = check_run(run, unbroken_here, STEPS, SAME_SIZE)

@@ -47,8 +47,8 @@ def free_ports(count: int) -> list[int]:
 @contextmanager
 def service(
     command: list[str], log: Path, is_up: Callable[[], bool], env: dict[str, str] | None = None, seconds: float = 90
-) -> Iterator[None]:
-    """Run `command` in a session of its own until the block ends, once `is_up` says so."""
+) -> Iterator[int]:
+    """Run `command` in a session of its own until the block ends, once `is_up` says so; gives the session's id."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True, cwd=log.parent
@@ -59,7 +59,7 @@ def service(
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"{command[0]} did not come up:\n{log.read_text()[-3000:]}")
             time.sleep(0.3)
-        yield
+        yield process.pid
     finally:
         process.terminate()  # it ends its own children; where they are told too, Ray waits in vain for those gone before it
         with suppress(subprocess.TimeoutExpired):

@@ -15,6 +15,7 @@ import spoilt  # noqa: F401  an objective of the tests
 
 from pipeline.checkpoint import claim_run
 from pipeline.config import load_config
+from pipeline.core.command import run_rank
 from pipeline.core.errors import TesseraError
 from pipeline.core.world import World
 from pipeline.train import watch
@@ -53,4 +54,4 @@ def main(jobs: Path, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_rank(lambda: main(Path(sys.argv[1]), Path(sys.argv[2])))

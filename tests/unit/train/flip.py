@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config import load_config
+from pipeline.core.command import run_rank
 from pipeline.core.errors import InfrastructureError
 from pipeline.core.world import World
 from pipeline.models import create
@@ -69,4 +70,4 @@ def drift(config: str, world: World, optimizer: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    run_rank(lambda: main(sys.argv[1], Path(sys.argv[2])))

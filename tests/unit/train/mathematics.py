@@ -18,6 +18,7 @@ import torch
 from pipeline.checkpoint import claim_run
 from pipeline.checkpoint.fragments import AVERAGE, WEIGHT
 from pipeline.config import Config, load_config
+from pipeline.core.command import run_rank
 from pipeline.core.world import World
 from pipeline.models import build
 from pipeline.models.blockwise import blocks_of
@@ -166,4 +167,4 @@ def main(config: str, results: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_rank(lambda: main(*sys.argv[1:]))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.config.pretrain import Pretrain
+from pipeline.core.command import run_rank
 from pipeline.core.world import World
 from pipeline.models import create
 from pipeline.train.library import join_group
@@ -93,4 +94,4 @@ def updates(engine: Engine) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_rank(lambda: main(Path(sys.argv[1])))
