@@ -24,6 +24,7 @@ from pipeline.checkpoint.run import flatten, kept_micro_batch, run_directory, tr
 from pipeline.config import Config, fingerprint
 from pipeline.config.data import Data
 from pipeline.core.errors import CheckpointError, TesseraError, choose
+from pipeline.core.functions import load_function
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -103,6 +104,8 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         check_deepspeed(p)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
+        if config.shard.filter is not None:
+            load_function("shard.filter", config.shard.filter)
     if config.shard and write:  # a plan reads no weights
         check_scores(config.shard.scores, endpoint)
         check_lists(config.shard.takedown, endpoint)
