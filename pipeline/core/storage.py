@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -190,15 +191,16 @@ class Storage:
                     return self.fs.cat_file(self._at(key)) == data
                 return False
 
-    def put(self, local: Path, key: str) -> None:
-        """Publish a local file under `key`."""
+    def put(self, local: Path, key: str, move: bool = False) -> None:
+        """Publish a local file under `key`. `move`: of a local store, it lies on the same file system and may be taken from there."""
         with self._explained("write", key):
             if self.is_local:
-                temporary = self._beside(key, None)
+                temporary = os.fspath(local) if move else self._beside(key, None)
                 try:
-                    with open(local, "rb") as source, open(temporary, "wb") as target:
-                        while block := source.read(1 << 22):
-                            target.write(block)
+                    with open(temporary, "rb+") as target:
+                        if not move:
+                            with open(local, "rb") as source:
+                                shutil.copyfileobj(source, target, 1 << 22)
                         target.flush()
                         os.fsync(target.fileno())
                     os.replace(temporary, self._at(key))

@@ -6,6 +6,12 @@ is not quite plain counts as having no end here, and is then decoded.
 
 from __future__ import annotations
 
+import numpy as np
+import simplejpeg
+
+Size = tuple[int, int]
+
+_TABLES = frozenset({0xC4, 0xDB, 0xDD, 0xE0, 0xE2, 0xFE})  # Huffman and quantisation tables, restarts, JFIF, colour profiles, comments
 _PNG_HEADER = 8
 _PNG_CHUNK = 12  # length, kind, checksum
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -18,6 +24,40 @@ def ends(data: bytes, kind: str) -> bool:
 
 def jpeg_ends(data: bytes) -> bool:
     return data.endswith(b"\xff\xd9")
+
+
+def plain_jpeg(data: bytes) -> Size | None:
+    """(width, height) of a JPEG that ends, of 8-bit grey or three colours, in one scan, without EXIF, XMP or Adobe's marker (ITU-T T.81,
+    B.2): most of those on the web. None for all others, which Pillow looks at, at ten times the cost."""
+    at, size = 2, None
+    if not data.startswith(b"\xff\xd8\xff") or not jpeg_ends(data):
+        return None
+    while at + 18 < len(data) and data[at] == 0xFF:
+        kind, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if kind == 0xC0 and size is None and length >= 8 and data[at + 4] == 8 and data[at + 9] in (1, 3):
+            height, width, colours = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8], data[at + 9]
+            size = (width, height)
+        elif kind == 0xDA:
+            return size if size is not None and data[at + 4] == colours and _libjpeg_size(data) == size else None
+        elif kind not in _TABLES:
+            return None
+        at += 2 + length
+    return None
+
+
+def _libjpeg_size(data: bytes) -> Size | None:
+    """What the index will say of it."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return width, height
+
+
+def jpeg_scans(data: bytes) -> int:
+    """How often the mark of a scan is there, those of thumbnails among them."""
+    values = np.frombuffer(data, np.uint8)  # bytes.count takes seven times as long
+    return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
 
 
 def png_ends(data: bytes) -> bool:
@@ -38,7 +78,7 @@ def webp_ends(data: bytes) -> bool:
     return len(data) in (size, size + size % 2)
 
 
-def webp_size(data: bytes) -> tuple[int, int] | None:
+def webp_size(data: bytes) -> Size | None:
     """(width, height) of a WebP's canvas by its first chunk (RFC 9649); None where it is none, or cut off."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None

@@ -73,6 +73,10 @@ def _check(data: bytes, images: ShardImages) -> Checked:
     _check_bytes(len(data), images)
     if (canvas := ends.webp_size(data)) is not None:  # before Pillow's WebP sets memory aside for it
         _check_size(canvas, images)
+    if images.check == "ends" and (size := ends.plain_jpeg(data)) is not None:
+        _check_size(size, images)
+        if Change.of(size, images.resize).is_none:
+            return Checked(data, "jpg", *size)
     with open_image(data) as image:
         _check_size(image.size, images)
         width, height = Change.of(image.size, images.resize).scaled
@@ -82,7 +86,7 @@ def _check(data: bytes, images: ShardImages) -> Checked:
 
 
 def _check_jpeg(data: bytes, image: Image.Image, images: ShardImages) -> Checked:
-    if (scans := data.count(b"\xff\xda")) > _SCANS:
+    if (scans := ends.jpeg_scans(data)) > _SCANS:
         raise Drop("corrupt", f"it has {scans} scans, the most is {_SCANS}")
     change = Change.of(image.size, images.resize, _orientation(image))
     is_plain = image.mode in ("RGB", "L")

@@ -135,7 +135,7 @@ def judge(data: bytes) -> str:
             verdicts.append(made.reason)
             continue
         verdicts.append("kept" if made.data is data else "made")
-        if images.check == "decode" and image_size(made.data) != (made.width, made.height):
+        if image_size(made.data) != (made.width, made.height):
             raise AssertionError(f"the index reads {image_size(made.data)}, not {made.width}x{made.height}")
         if images.check == "decode" and decode(made.data).shape != (made.height, made.width, 3):
             raise AssertionError("the loader cannot read what was written")

@@ -87,3 +87,20 @@ def test_sizes_of_webps(photo: Photo, encoded: Encoded) -> None:
         assert ends.webp_ends(data) and not ends.webp_ends(data[:-2])
     assert ends.webp_size(encoded(frames[0], "PNG")) is None
     assert ends.webp_size(encoded(frames[0], "WEBP")[:20]) is None
+
+
+def test_plain_jpegs_are_known_without_pillow(photo: Photo, encoded: Encoded) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(), "JPEG")
+    assert ends.plain_jpeg(data) == (48, 32)
+    assert ends.plain_jpeg(encoded(photo().convert("L"), "JPEG", comment=b"grey")) == (48, 32)
+    for other in (
+        data[:-1],
+        encoded(photo(), "JPEG", exif=exif),
+        encoded(photo(), "JPEG", progressive=True),
+        encoded(photo().convert("CMYK"), "JPEG"),
+        encoded(photo(), "PNG"),
+        *(data[:cut] + b"\xff\xd9" for cut in range(2, 700, 7) if cut < data.index(b"\xff\xda") + 14),
+    ):
+        assert ends.plain_jpeg(other) is None

@@ -99,6 +99,11 @@ def test_the_index_points_at_the_bytes(made: list[Sample]) -> None:
 @given(samples())
 def test_tarfile_and_webdataset_read_the_same(made: list[Sample]) -> None:
     _, tar, _ = written(made)
+    with io.BytesIO() as file:
+        with wds.TarWriter(file, mtime=0, user="", group="", encoder=False) as writer:
+            for sample in made:
+                writer.write({"__key__": sample.key, **sample.members()})
+        assert file.getvalue() == tar
     expected = [{f"{s.key}.{suffix}": data for suffix, data in s.members().items()} for s in made]
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         members = archive.getmembers()
@@ -130,10 +135,11 @@ def test_a_tar_cut_anywhere_has_the_rows_before_the_cut(made: list[Sample], shar
     _, tar, rows = written(made)
     cut = int(len(tar) * share)
     end, index = _index(tar[:cut])
-    assert index.rows == rows[: len(index.rows)]
+    found = index.rows[:-1] if end.kind == "unmarked" else index.rows  # cut between two members: the last may lack some, as is told
+    assert found == rows[: len(found)]
     whole = sum(row["offset"] + row["length"] <= cut for row in rows)
-    assert len(index.rows) in (whole, whole - 1)  # of the last one before the cut it is not known whether it went on
-    assert end.kind != "whole" or len(index.rows) == len(rows)
+    assert whole - 1 <= len(found) <= whole  # of the last one before the cut it is not known whether it went on
+    assert end.kind != "whole" or found == rows
 
 
 @_settings(max_examples=60)

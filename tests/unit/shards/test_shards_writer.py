@@ -4,7 +4,8 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import DataError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import writer
 from pipeline.shards.images import Checked
@@ -88,10 +89,56 @@ def test_no_samples_no_shard(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_what_webdatasets_own_writer_writes(tmp_path: Path, samples: list[Sample]) -> None:
+    assert write_shard(Storage(str(tmp_path)), "a.tar", "a", samples) is not None
+    with (tmp_path / "b.tar").open("wb") as file, wds.TarWriter(file, mtime=0, user="", group="", encoder=False) as tar:
+        for sample in samples:
+            tar.write({"__key__": sample.key, **sample.members()})
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+def test_more_than_one_block(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, found = Storage(str(tmp_path)), []
+    for block, synced in ((1 << 20, 1 << 25), (1, 1), (3000, 5000)):
+        monkeypatch.setattr(writer, "_BLOCK", block)
+        monkeypatch.setattr(writer, "_SYNCED", synced)
+        found.append((write_shard(directory, "a.tar", "a", iter(samples)), directory.read("a.tar"), directory.read("a.index.parquet")))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_source_that_fails_leaves_nothing(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_BLOCK", 1)
+
+    def failing() -> Iterator[Sample]:
+        yield from samples
+        raise DataError("the source has gone")
+
+    with pytest.raises(DataError, match="the source has gone"):
+        write_shard(Storage(str(tmp_path)), "a.tar", "a", failing())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_indexed_is_not_published(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much comes behind it: the writer does not wait for an index that has failed."""
+    monkeypatch.setattr(writer, "_BLOCK", 1)
+    bad = replace(samples[0], key="bad", meta=b"[]")
+    with pytest.raises(AssertionError, match="bad-json"):
+        write_shard(Storage(str(tmp_path)), "a.tar", "a", [bad, *samples])
+    monkeypatch.setattr(writer, "TarIndex", lambda: None)
+    with pytest.raises(AttributeError):
+        write_shard(Storage(str(tmp_path)), "a.tar", "a", [replace(samples[0], key=str(n)) for n in range(50)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [("", "storage .*: cannot write the shard a.tar here, the disk is full$"), ("s3://b/c", "here, the disk is full .TMPDIR")],
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, url: str, told: str) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "_write_tar", full)
-    with pytest.raises(StorageError, match=r"cannot write the shard a.tar here, the disk is full \(TMPDIR"):
-        write_shard(Storage(str(tmp_path)), "a.tar", "a", samples)
+    with pytest.raises(StorageError, match=told):
+        write_shard(Storage(url or str(tmp_path)), "a.tar", "a", samples)
+    assert list(tmp_path.iterdir()) == []
