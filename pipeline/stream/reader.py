@@ -52,8 +52,7 @@ class _File:
 
 
 class Dataset:
-    """One split of a dataset, `len(dataset)` samples numbered in shard order, less those that the lists at `deny` name, and with
-    `own_deny` those in its own directory, and what is out of the bounds `where`. Safe to read from several threads.
+    """One split of a dataset, `len(dataset)` samples numbered in shard order, less those on deny-lists. Safe to read from several threads.
 
     Raises:
         DataError: no such split, or a deny-list is missing, or nothing is left. ConfigError: a bound on an unknown column.
