@@ -39,6 +39,7 @@ from pipeline.plan.calibration import find_measured
 from pipeline.plan.devices import find_device
 from pipeline.plan.fit import check_fits, has_auto, settle
 from pipeline.plan.plan import check_groups
+from pipeline.shards.duplicates.stage import check_sets, treat_copies
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.scores import check_columns
 from pipeline.shards.sources import check_source, open_source
@@ -109,6 +110,7 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
     if config.shard and write and (fresh or not _has_trained(config)):  # a plan reads no weights
         check_scores(config.shard.scores, endpoint)
         check_lists(config.shard.takedown, endpoint)
+        check_sets(config.shard.contamination, endpoint)
     check_subject(config)
     is_to_run = write or _is_at_hand(config)  # a recipe can be planned with nothing at hand
     classes = None
@@ -292,7 +294,7 @@ class _Stages:
         """What is done to the finished dataset: columns for its indices, and deny-lists. Metrics."""
         shard = self.config.shard
         assert shard is not None, "called for a config that makes a dataset"
-        metrics = score_dataset(directory, shard.scores, shard.workers)
+        metrics = treat_copies(directory, shard) | score_dataset(directory, shard.scores, shard.workers)
         if shard.takedown:
             done = take_down(directory, shard.takedown, shard.workers)
             metrics |= {"shard/takedown/samples": done.samples, "shard/takedown/unmatched": done.unmatched}

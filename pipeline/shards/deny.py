@@ -3,12 +3,16 @@
 A list has a row a key, sorted, with the column `key` and further ones that say why. It is written whole or not at all, the same bytes
 whatever order its rows came in, and holds in its footer what it was made of, so that it need not be made again. It may be of any length:
 rows are sorted in runs that go to the disk, and the runs are merged a stretch of keys at a time.
+
+A list that was worked out for version n of a dataset is called `<name>-v<n>`, for the first one `<name>` alone. A version has of each name
+the list of its own or of the newest version before it, so that what comes later changes nothing of an earlier version.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import tempfile
 from bisect import bisect_left
@@ -24,6 +28,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
 
 DIRECTORY = "deny"
+_LIST = re.compile(r"([^.].*?)(?:-v(\d+))?\.parquet")
 _ABOUT = b"tessera"  # the key in the file's metadata
 _RUN = 1 << 27  # bytes of rows that are sorted in memory
 _STRETCH = 1 << 19  # rows that are merged at a time, about
@@ -33,6 +38,22 @@ _TAIL = 8  # bytes at the end of a Parquet file: its footer's length, and a mark
 
 def list_name(name: str) -> str:
     return f"{DIRECTORY}/{name}.parquet"
+
+
+def name_for(name: str, version: int) -> str:
+    """What the list `name` is called that was worked out for a version of its dataset."""
+    return name if version == 1 else f"{name}-v{version}"
+
+
+def own_lists(directory: Storage, version: int) -> list[str]:
+    """The paths of the lists in a dataset's directory that hold for a version of it, by name."""
+    newest: dict[str, tuple[int, str]] = {}
+    for file in directory.names(DIRECTORY):
+        if match := _LIST.fullmatch(file):
+            name, of = match[1], int(match[2] or 1)
+            if of <= version and of >= newest.get(name, (0, ""))[0]:
+                newest[name] = of, f"{DIRECTORY}/{file}"
+    return [path for _, (_, path) in sorted(newest.items())]
 
 
 def find_about(directory: Storage, name: str) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filli
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise
-        written = write_shard(directory, name, split, good())
+        written = write_shard(directory, name, split, good(), filling.recipe.images.hash)
     drops.sort(key=lambda d: d["file"])
     result = {"read": len(rows), "dropped": dict(dropped), "named": drops[:NAMED]}
     if written is None:

@@ -52,7 +52,8 @@ def clear(directory: Storage, place: Storage, is_first: bool) -> None:
 def _is_ours(name: str) -> bool:
     is_version = name.startswith(("manifest-v", "shards-v")) and name.endswith((".json", ".parquet"))
     is_named = name in ("shards.parquet", "columns.json", "deny")
-    return is_version or is_named or name.endswith((".tar", ".index.parquet")) or name.startswith(".tmp-")
+    is_audit = name.startswith(("duplicates", "contamination", "statistics")) and name.endswith(".json")
+    return is_version or is_named or is_audit or name.endswith((".tar", ".index.parquet")) or name.startswith(".tmp-")
 
 
 def tidy(directory: Storage, version: int) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 
 from pipeline.core.errors import StorageError
 from pipeline.core.storage import Storage
-from pipeline.shards.index import TarIndex, smallest
-from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, table_bytes
+from pipeline.shards.index import TarIndex, index_schema, smallest
+from pipeline.shards.manifest import ShardRecord, table_bytes
 from pipeline.shards.samples import Sample
 from pipeline.shards.tars import Tape, header
 
@@ -40,8 +40,9 @@ class WrittenShard:
     largest_label: int
 
 
-def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sample]) -> WrittenShard | None:
-    """Publish `name` and its index in `directory`; without samples nothing is written and None is returned.
+def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sample], hashed: bool = False) -> WrittenShard | None:
+    """Publish `name` and its index in `directory`, with perceptual hashes where it is to be `hashed`; without samples nothing is written
+    and None is returned.
 
     Raises:
         StorageError: `directory`, or the machine's temporary directory, cannot take it.
@@ -52,7 +53,7 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
     with tempfile.TemporaryDirectory(prefix=".tmp-shard-", dir=directory.path if directory.is_local else None) as folder:
         tar, keys = Path(folder, name), list[str]()
         try:
-            rows, size, digest = _write_tar(tar, samples, keys, directory.is_local)
+            rows, size, digest = _write_tar(tar, samples, keys, directory.is_local, hashed)
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise
@@ -66,13 +67,13 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
         tar.chmod(0o644)
         directory.put(tar, name, move=directory.is_local)
     record = ShardRecord(name, split, len(rows), size, digest)
-    directory.write(record.index_name, table_bytes(rows, INDEX_SCHEMA))
+    directory.write(record.index_name, table_bytes(rows, index_schema(hashed=hashed)))
     return WrittenShard(record, smallest(rows), max(row["cls"] for row in rows))
 
 
-def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: bool) -> tuple[list[dict[str, Any]], int, str]:
-    """(rows of `INDEX_SCHEMA`, bytes, sha256) of the tar; `keys` gets those of the samples."""
-    digest, index, failed = hashlib.sha256(), TarIndex(), list[BaseException]()
+def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: bool, hashed: bool) -> tuple[list[dict[str, Any]], int, str]:
+    """(rows of the index, bytes, sha256) of the tar; `keys` gets those of the samples."""
+    digest, index, failed = hashlib.sha256(), TarIndex(hashed=hashed), list[BaseException]()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as pool:
 
         def keep(block: bytes) -> None:

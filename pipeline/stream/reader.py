@@ -31,6 +31,7 @@ from pipeline.shards.columns import added_by
 from pipeline.shards.manifest import Manifest, read_manifest
 from pipeline.shards.table import ShardRecord, ShardTable
 from pipeline.stream.cache import Cache
+from pipeline.stream.deny import lists_of
 from pipeline.stream.index import COLUMNS, Index, Sample
 from pipeline.stream.ledger import BadSample
 from pipeline.stream.order import WINDOW
@@ -53,7 +54,7 @@ class _File:
 
 
 class Dataset:
-    """One split of a dataset, `len(dataset)` samples numbered in shard order. Safe to read from several threads.
+    """One split of a dataset, `len(dataset)` samples numbered in shard order, less those on deny-lists. Safe to read from several threads.
 
     Raises:
         DataError: no such split, or a deny-list is missing, or nothing is left. ConfigError: a bound on an unknown column.
@@ -65,6 +66,7 @@ class Dataset:
         split: str,
         *,
         deny: Sequence[str] = (),
+        own_deny: bool = True,
         where: Mapping[str, Bound] | None = None,
         block: int | None = None,
         cache: CacheSection | None = None,
@@ -88,8 +90,8 @@ class Dataset:
         self._file = lru_cache(maxsize=_OPEN)(lambda shard: _File(Path(directory.path) / self.shards[shard].name))
         self.view, self._selection = f"{self.manifest.hash}/{split}", None
         self.sizes = self.shards.samples
-        if deny or where:
-            rule = Rule(deny, where or {}, directory.endpoint)
+        lists = lists_of(directory, deny, self.manifest.version if own_deny else None)
+        if (lists or where) and (rule := Rule(lists, where or {}, self.cache)):
             self.view = "/".join([self.view, rule.hash, *sorted(maker for c, maker in self._added.items() if c in (where or {}))])
             names = _Names(self.shards)
             self._selection = select(rule, f"{self.view}/{self.manifest.config}", names, self._sound_index, self.cache)
@@ -284,11 +286,12 @@ def open_dataset(
     endpoint: str | None = None,
     *,
     deny: Sequence[str] = (),
+    own_deny: bool = True,
     where: Mapping[str, Bound] | None = None,
     block: int | None = None,
     cache: CacheSection | None = None,
 ) -> Dataset:
-    """The split `split` of the dataset at `url` (`URL` or `URL@version`), less what `deny` and `where` leave out.
+    """The split `split` of the dataset at `url` (`URL` or `URL@version`), less what `deny`, its own lists and `where` leave out.
 
     Raises:
         DataError: no dataset there, no such split or version, or a damaged one.
@@ -296,4 +299,4 @@ def open_dataset(
     base, at, word = url.rpartition("@")
     version = int(word) if at and word.isdigit() else None
     directory = Storage(url if version is None else base, endpoint)
-    return Dataset(directory, split, deny=deny, where=where, block=block, cache=cache, version=version)
+    return Dataset(directory, split, deny=deny, own_deny=own_deny, where=where, block=block, cache=cache, version=version)
