@@ -39,6 +39,8 @@ from pipeline.plan.fit import check_fits, has_auto, settle
 from pipeline.plan.plan import check_groups
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.sources import check_source, open_source
+from pipeline.shards.statistics import FILE as STATISTICS
+from pipeline.shards.statistics import encode_statistics, keep_statistics
 from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
@@ -271,6 +273,8 @@ class _Stages:
             manifest, metrics = make_dataset(self.config, directory)
             tracker.tags({"dataset.hash": manifest.hash})
             tracker.metrics(metrics)
+            # After all that is done to the shards and their indices.
+            tracker.artifact("shard", STATISTICS, encode_statistics(keep_statistics(directory, manifest)))
 
     def _pretrain(self, data: Collection) -> None:
         p = self.config.pretrain

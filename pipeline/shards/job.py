@@ -156,4 +156,7 @@ def _metrics(manifest: Manifest, seconds: float) -> dict[str, float]:
         "shard/bytes": manifest.bytes,
         "shard/images_per_s": manifest.read / seconds,
         "shard/seconds": seconds,
+        "shard/mb_per_s": manifest.bytes / 1e6 / seconds,
+        "shard/success_rate": manifest.written / manifest.read,
+        **{f"shard/dropped/{reason}": count for reason, count in manifest.dropped.items()},
     }

@@ -153,8 +153,13 @@ def keep_statistics(directory: Storage, manifest: Manifest) -> Statistics:
     found = find_statistics(directory, manifest)
     if found is None:
         found = gather_statistics(directory, manifest)
-        directory.write(FILE, (json.dumps(asdict(found), indent=1) + "\n").encode())
+        directory.write(FILE, encode_statistics(found))
     return found
+
+
+def encode_statistics(statistics: Statistics) -> bytes:
+    """The JSON file."""
+    return (json.dumps(asdict(statistics)) + "\n").encode()
 
 
 def find_statistics(directory: Storage, manifest: Manifest) -> Statistics | None:
