@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.core import progress
-from pipeline.core.errors import InfrastructureError, find_error
+from pipeline.core.errors import ConfigError, InfrastructureError, find_error
 
 T = TypeVar("T")
 
@@ -26,18 +26,22 @@ def run_tasks(
     shared: tuple[Any, ...],
     workers: int | None,
     told: Callable[[], str],
+    gpus: float = 0,
 ) -> Generator[T, None, None]:
     """What `body` returns for each job, in no particular order: Ray tasks, at most `workers` at a time, the others wait here.
 
     A job is the `unit`s it counts for and its arguments, before those that are `shared`; `told` is asked what to show
-    beside the progress.
+    beside the progress. A task has one CPU, and `gpus` of a GPU.
 
     Raises:
         InfrastructureError: a machine failed more often than tasks are retried.
+        ConfigError: GPUs are asked for, and this Ray has none.
         TesseraError: the one that `body` raised. Whatever else it raises comes as Ray's own error, with the task's traceback.
     """
+    if gpus and not ray.cluster_resources().get("GPU", 0):
+        raise ConfigError(f"{label}: its tasks ask for {gpus:g} of a GPU each, and Ray has none here (gpus: 0 computes on CPUs)")
     # A machine that dies is retried elsewhere; what our own code raises would be raised again.
-    task = ray.remote(num_cpus=1, max_retries=3)(body)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(body)
     workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     common = [ray.put(argument) for argument in shared]
     waiting = list(jobs)[::-1]
