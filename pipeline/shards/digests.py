@@ -12,18 +12,12 @@ _VALUES[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 
 def parse_digests(column: pa.Array | pa.ChunkedArray, digits: int) -> tuple[np.ndarray, np.ndarray]:
     """(which rows hold `digits` lower-case hexadecimal digits, bool (n,); the bytes of these rows, uint8 (rows, digits / 2))."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    array = array.cast(pa.large_string())
-    if not len(array):
-        return np.zeros(0, dtype=bool), np.zeros((0, digits // 2), dtype=np.uint8)
-    _, offsets, data = array.buffers()
-    ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    text = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
+    ends, text = _buffers(column)
     fits = np.diff(ends) == digits
     if fits.all():
         values = _VALUES[text[ends[0] : ends[-1]].reshape(-1, digits)]
     else:
-        values = _VALUES[text[ends[:-1][fits][:, None] + np.arange(digits)]] if fits.any() else np.zeros((0, digits), dtype=np.uint8)
+        values = _VALUES[text[ends[:-1][fits][:, None] + np.arange(digits)]]
     sound = (values != _NOT_HEX).all(axis=1)
     if not sound.all():
         fits[np.flatnonzero(fits)[~sound]] = False
@@ -41,6 +35,31 @@ def halves(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low[:, : width - 8] = digests[:, 8:]
     high = np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64)
     return high, low.view(np.dtype(low_type).newbyteorder(">")).ravel().astype(low_type)
+
+
+def short_keys(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """(which rows hold at most 16 bytes, none of them 0, bool (n,); the bytes of these rows with zeros behind, uint8 (rows, 16))."""
+    ends, text = _buffers(column)
+    lengths = np.diff(ends)
+    fits = lengths <= 16
+    places = ends[:-1][fits][:, None] + np.arange(16)
+    inside = np.arange(16) < lengths[fits][:, None]
+    found = np.zeros(inside.shape, dtype=np.uint8)
+    found[inside] = text[places[inside]]
+    sound = ~((found == 0) & inside).any(axis=1)
+    fits[np.flatnonzero(fits)[~sound]] = False
+    return fits, found[sound]
+
+
+def _buffers(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Of an array of strings without gaps: where each begins, and the last ends, int64 (n + 1,), in all their bytes."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = array.cast(pa.large_string())
+    if not len(array):
+        return np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.uint8)
+    _, offsets, data = array.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    return ends, np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
 
 
 class DigestTable:

@@ -33,7 +33,14 @@ from pipeline.shards.manifest import read_manifest
 NAME = "duplicates"
 FILE = f"{NAME}.json"
 _SCHEMA = pa.schema(
-    [("key", pa.string()), ("of", pa.string()), ("split", pa.string()), ("shard", pa.string()), ("distance", pa.uint8()), ("exact", pa.bool_())]
+    [
+        ("key", pa.string()),
+        ("of", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.string()),
+        ("distance", pa.uint8()),
+        ("exact", pa.bool_()),
+    ]
 )
 _RECORD = np.dtype([("number", "<i8"), ("phash", "<u8"), ("high", "<u8"), ("low", "<u8"), ("has", "?")])
 _NODE = np.dtype([("phash", "<u8"), ("number", "<i8")])
@@ -110,20 +117,24 @@ class _Search:
 
     def tables(self) -> Iterator[pa.Table]:
         """The list, piece by piece, in order of the keys."""
-        k = len(self.ranges)
-        reads = [(r.end - r.first, (r,), ()) for r in cut(self.parts, max(self.sizes.range // 64, self.sizes.piece * self.hash_parts))]
-        records = self.exchange("read hashes", "images", _read, reads, (self.directory, self.near is not None, self.hash_parts), self.hash_parts)
+        k, p = len(self.ranges), self.hash_parts
+        small = cut(self.parts, max(self.sizes.range // 64, self.sizes.piece * p))
+        reads = [(r.end - r.first, (r,), ()) for r in small]
+        records = self.exchange("read hashes", "images", _read, reads, (self.directory, self.near is not None, p), p)
         nodes, *members = self.exchange("group", "parts", _group, [(1, (), pieces) for pieces in records], (self.firsts,), k + 1)
         del records
         gone = self._settled(self._pairs(nodes)) if self.near else [[] for _ in self.ranges]
-        jobs = [(1, (len(g) > 0,), [*g, *m]) for g, m in zip(gone, members, strict=True)]
-        copies = self.exchange("copies", "ranges", _copies, jobs, (self.firsts,), k)
-        del gone, members
-        jobs = [(1, (r,), pieces) for r, pieces in zip(self.ranges, copies, strict=True)]
-        named = self.exchange("keys", "ranges", _name_originals, jobs, (self.directory, self.firsts), k)
+        grouped = [(1, (len(g) > 0,), [*g, *m]) for g, m in zip(gone, members, strict=True)]
+        copies = self.exchange("copies", "ranges", _copies, grouped, (self.firsts,), k)
+        del gone, members, grouped
+        named = self.exchange("keys", "ranges", _name_originals, self._by_range(copies), (self.directory, self.firsts), k)
         bounds = bounds_of(self.directory, self.parts, -(-self.images // KEY_PARTS))
-        jobs = [(1, (r,), pieces) for r, pieces in zip(self.ranges, named, strict=True)]
-        yield from sorted_parts(self.exchange("own keys", "ranges", _name_copies, jobs, (self.directory, bounds), len(bounds) + 1), self.workers)
+        rows = self.exchange("own keys", "ranges", _name_copies, self._by_range(named), (self.directory, bounds), len(bounds) + 1)
+        del copies, named
+        yield from sorted_parts(rows, self.workers)
+
+    def _by_range(self, pieces: list[list[Any]]) -> list[Any]:
+        return [(1, (r,), held) for r, held in zip(self.ranges, pieces, strict=True)]
 
     def _pairs(self, nodes: list[Any]) -> list[list[Any]]:
         """Near pairs, by the range of the later image."""
@@ -139,11 +150,8 @@ class _Search:
             what = f"near {which + 1} of {len(masks)}"
             dealt = self.exchange(what, "parts", _deal, [(1, (which,), [n]) for n in nodes], (masks, self.hash_parts), self.hash_parts)
             found = self.exchange(what, "parts", _pairs, [(1, (which,), pieces) for pieces in dealt], shared, 1)
-            for held, pieces in zip(
-                by_range,
-                self.exchange(what, "masks", _split_pairs, [(1, (), found[0])], (self.firsts,), len(self.ranges)),
-                strict=True,
-            ):
+            split = self.exchange(what, "masks", _split_pairs, [(1, (), found[0])], (self.firsts,), len(self.ranges))
+            for held, pieces in zip(by_range, split, strict=True):
                 held += pieces
         return by_range
 
@@ -152,7 +160,8 @@ class _Search:
         gone: list[Any] = []
         settled = []
         for number, pieces in enumerate(pairs):
-            gone, found = self.exchange(f"settle {number + 1} of {len(pairs)}", "ranges", _settle, [(1, (len(gone) > 0,), [*gone, *pieces])], (self.images,), 2)
+            job = (1, (len(gone) > 0,), [*gone, *pieces])
+            gone, found = self.exchange(f"settle {number + 1} of {len(pairs)}", "ranges", _settle, [job], (self.images,), 2)
             settled.append(found)
         return settled
 
@@ -170,7 +179,7 @@ def _read(part: Range, directory: Storage, near: bool, parts: int) -> list[np.nd
 
 
 def _group(firsts: np.ndarray, *pieces: np.ndarray) -> list[np.ndarray]:
-    """One image of each group of equal pictures (by perceptual hash, by sha256 where there is none), and the others by their first's range."""
+    """One image of each group of equal pictures (by perceptual hash, or sha256 without one), and the others by the range of their first."""
     records = np.concatenate(pieces)
     hashed, others = records[records["has"]], records[~records["has"]]
     first, members = _grouped(hashed, ("phash",))

@@ -1,7 +1,7 @@
 """Near duplicates among 64-bit hashes: all pairs that differ in at most d bits, none missed, without comparing all with all.
 
-The bits are dealt to B blocks. d differing bits touch at most d of them, so two such hashes agree in B - d blocks at least: for each choice of
-B - d blocks, hashes are sorted by these, and only neighbours that agree in them are compared (Manku, Jain and Das Sarma, "Detecting
+The bits are dealt to B blocks. d differing bits touch at most d of them, so two such hashes agree in B - d blocks at least: for each choice
+of B - d blocks, hashes are sorted by these, and only neighbours that agree in them are compared (Manku, Jain and Das Sarma, "Detecting
 near-duplicates for web crawling", WWW 2007). More blocks mean more choices, and fewer pairs to compare in each.
 """
 
@@ -22,7 +22,7 @@ _ROWS = 1 << 16  # compared at a time, so that they stay in the processor's cach
 
 
 def masks_for(near: int, count: int, table: int | None = None) -> list[int]:
-    """The choices of blocks, as masks of bits, that cost least to find the pairs of `count` hashes, or of these and a `table` of so many."""
+    """The choices of blocks, as masks of bits, that cost least to find the pairs of `count` hashes, or of these and a `table`."""
     if near == 0:
         return [2**BITS - 1]
 

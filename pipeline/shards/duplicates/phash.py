@@ -1,9 +1,9 @@
 """The 64-bit perceptual hash of an image: what is left of it when size, format, quality and brightness change.
 
 The image in grey is made 32 x 32; a bit for each of the 8 x 8 lowest frequencies of its discrete cosine transform tells whether it
-lies above their median (Krawetz, "Looks Like It", 2011; the layout is that of ImageHash's `phash`, the first bit the highest). The hash is
-a function of the image's bytes alone, as they lie in a shard, and the same on every machine: libjpeg's decoder and Pillow's resizer count in
-whole numbers, and so does the transform here. Like the loader, it does not turn images by their EXIF block.
+lies above their median (Krawetz, "Looks Like It", 2011; the layout is that of ImageHash's `phash`, the first bit the highest). The hash
+is a function of the image's bytes alone, as they lie in a shard, and the same on every machine: libjpeg's decoder and Pillow's resizer
+count in whole numbers, and so does the transform here. Like the loader, it does not turn images by their EXIF block.
 """
 
 from __future__ import annotations

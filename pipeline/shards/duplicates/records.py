@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Hashes:
-    """Of the images of a shard: `sha` the first 16 bytes of the sha256 as two uint64 (n,), `phash` uint64 (n,), `has` where there is one."""
+    """Of the images of a shard, (n,): `sha`, the first 16 bytes of the sha256 as two uint64; `phash`, uint64; `has`, where there is one."""
 
     sha: tuple[np.ndarray, np.ndarray]
     phash: np.ndarray
@@ -93,7 +94,7 @@ def cut(parts: Sequence[Part], images: int) -> list[Range]:
 
 
 def read_columns(directory: Storage, part: Part, columns: Sequence[str]) -> pa.Table:
-    """Those of `columns` that the shard's index has. Raises DataError where it is missing, is none, or has other rows than the table says."""
+    """Those of `columns` that a shard's index has. Raises DataError where it is missing, is none, or has other rows than the table says."""
     where = f"data {directory.url}/{part.index_name}"
     try:
         file = pq.ParquetFile(io.BytesIO(retrying(where, lambda: read_part(directory, part.index_name))))
@@ -147,5 +148,5 @@ def split_by(where: np.ndarray, parts: int, table: Any) -> list[Any]:
         return [table]
     order = np.argsort(where, kind="stable")
     ends = np.searchsorted(where[order], np.arange(parts + 1))
-    rows = [order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    rows = [order[a:b] for a, b in pairwise(ends)]
     return [table.take(pa.array(r)) if isinstance(table, pa.Table) else table[r] for r in rows]
