@@ -24,6 +24,7 @@ from pipeline.checkpoint.run import flatten, kept_micro_batch, run_directory, tr
 from pipeline.config import Config, fingerprint
 from pipeline.config.data import Data
 from pipeline.core.errors import CheckpointError, TesseraError, choose
+from pipeline.core.functions import load_function
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
@@ -98,6 +99,8 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         check_deepspeed(p)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
+        if config.shard.filter is not None:
+            load_function("shard.filter", config.shard.filter)
     check_subject(config)
     is_to_run = write or _is_at_hand(config)  # a recipe can be planned with nothing at hand
     classes = None

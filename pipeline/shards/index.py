@@ -23,11 +23,11 @@ from pipeline.shards.images import Dropped
 from pipeline.shards.manifest import INDEX_SCHEMA
 from pipeline.shards.samples import printable
 from pipeline.shards.tars import End, Member, Tape, Walk
+from pipeline.shards.text import LONGEST
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes, in any case; of several in one sample the first is its image
 _USED = frozenset({*IMAGES, "cls", "json", "txt"})
 _HELD = 1 << 24  # bytes of an image held at once; its header lies far before
-_LONGEST = 1 << 28  # bytes of a caption, a label or a json
 _LARGEST = 2**31 - 1  # pixels a side
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset passes over these
@@ -134,12 +134,12 @@ class TarIndex:
             return _Part(-1, -1, Dropped("not-a-file", f"{printable(info.name)} is {how}"))
         part = _Part(info.offset_data, size)
         if suffix in _USED:
-            data = tape.read(min(size, _HELD if suffix in IMAGES else _LONGEST))
+            data = tape.read(min(size, _HELD if suffix in IMAGES else LONGEST))
             if suffix in IMAGES:
                 digest = hashlib.sha256(data)
                 tape.skip(size - len(data), digest)
                 part.sha256, part.value = digest.hexdigest(), image_size(data)
-            elif size > _LONGEST:
+            elif size > LONGEST:
                 part.value = Dropped(f"bad-{suffix}", f"{printable(info.name)} has {size} bytes")
             else:
                 part.value = self._side(suffix, printable(info.name), data)
