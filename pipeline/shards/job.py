@@ -85,7 +85,7 @@ def write_planned(planned: PlannedShard, source: FolderSource, recipe: Recipe, c
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise
-        written = write_shard(directory, planned.name, planned.split, good())
+        written = write_shard(directory, planned.name, planned.split, good(), recipe.images.hash)
     drops.sort(key=lambda d: d["file"])
     return ShardResult(written, dict(Counter(d["reason"] for d in drops)), drops[:NAMED])
 
@@ -106,7 +106,7 @@ def _clear(directory: Storage) -> None:
     """Remove what an unfinished or different dataset left, its manifest first, and find out whether we may write here."""
     directory.remove("manifest.json")
     for name in directory.names():
-        if name.endswith((".tar", ".index.parquet")) or name == "shards.parquet" or name.startswith(".tmp-"):
+        if name.endswith((".tar", ".index.parquet")) or name in ("shards.parquet", "deny") or name.startswith(".tmp-"):
             directory.remove(name)
     directory.check_writable()
 

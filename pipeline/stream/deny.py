@@ -154,7 +154,7 @@ def _table(parts: list[_Halves]) -> DigestTable:
     return DigestTable(high, low)
 
 
-def lists_of(directory: Storage, named: Iterable[str], own: bool) -> list[DenyList]:
-    """The lists at the URLs `named`, and with `own` those that lie in the dataset's `directory`."""
+def lists_of(directory: Storage, named: Iterable[str], own: int | None) -> list[DenyList]:
+    """The lists at the URLs `named`, and those in the dataset's `directory` that hold for version `own` of it (None: none of these)."""
     lists = [DenyList(*split_file(url, directory.endpoint), "data.deny: ") for url in named]
-    return lists + ([DenyList(directory, path, "data ") for path in own_lists(directory)] if own else [])
+    return lists + ([] if own is None else [DenyList(directory, path, "data ") for path in own_lists(directory, own)])

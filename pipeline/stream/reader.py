@@ -87,7 +87,7 @@ class Dataset:
         self._file = lru_cache(maxsize=_OPEN)(lambda shard: _File(Path(directory.path) / self.shards[shard].name))
         self.view, self._selection = f"{self.manifest.hash}/{split}", None
         self.sizes = self.shards.samples
-        lists = lists_of(directory, deny, own_deny)
+        lists = lists_of(directory, deny, self.manifest.version if own_deny else None)
         if (lists or where) and (rule := Rule(lists, where or {}, self.cache)):
             self.view = f"{self.view}/{rule.hash}"
             names = _Names(self.shards)

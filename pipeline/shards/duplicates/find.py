@@ -24,14 +24,13 @@ from pipeline.config.shard import Duplicates
 from pipeline.core.errors import ConfigError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import write_list
+from pipeline.shards.deny import name_for, write_list
 from pipeline.shards.duplicates.near import Bits, find_pairs, masks_for, settle
 from pipeline.shards.duplicates.publish import KEY_PARTS, bounds_of, key_parts, keys_of, sorted_parts
 from pipeline.shards.duplicates.records import Range, cut, read_hashes, shard_parts, split_by
 from pipeline.shards.manifest import read_manifest
 
 NAME = "duplicates"
-FILE = f"{NAME}.json"
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -72,24 +71,24 @@ def find_duplicates(directory: Storage, config: Duplicates, workers: int | None 
         ConfigError: so many images are that near to each other that the pairs cannot be held.
     """
     manifest = read_manifest(directory)
-    wanted = {"dataset": manifest.hash, "near": config.near}
-    if (known := _known(directory)) and wanted.items() <= known.items():
-        say(f"{NAME:<12} found already: {known['exact'] + known['close']:,} of {known['images']:,} images")
+    name, wanted = name_for(NAME, manifest.version), {"dataset": manifest.hash, "near": config.near}
+    if (known := _known(directory, file := f"{name}.json")) and wanted.items() <= known.items():
+        say(f"{NAME:<12} found already: {known['exact'] + known['near_copies']:,} of {known['images']:,} images")
         return known
-    directory.remove(FILE)  # what it says is no longer so
+    directory.remove(file)  # what it says is no longer so
     search = _Search(directory, config.near, workers, sizes or Sizes())
     counts: Counter[tuple[str, bool]] = Counter()
-    write_list(directory, NAME, _counted(search.tables(), counts), _SCHEMA)
-    splits = {s: {"exact": counts[s, True], "close": counts[s, False]} for s in sorted(manifest.splits)}
-    total = {kind: sum(split[kind] for split in splits.values()) for kind in ("exact", "close")}
+    write_list(directory, name, _counted(search.tables(), counts), _SCHEMA)
+    splits = {s: {"exact": counts[s, True], "near_copies": counts[s, False]} for s in sorted(manifest.splits)}
+    total = {kind: sum(split[kind] for split in splits.values()) for kind in ("exact", "near_copies")}
     found = wanted | {"images": search.images, **total, "splits": splits}
-    directory.write(FILE, (json.dumps(found, indent=2) + "\n").encode())
+    directory.write(file, (json.dumps(found, indent=2) + "\n").encode())
     return found
 
 
-def _known(directory: Storage) -> dict[str, Any]:
+def _known(directory: Storage, file: str) -> dict[str, Any]:
     try:
-        return json.loads(directory.read(FILE))
+        return json.loads(directory.read(file))
     except FileNotFoundError:
         return {}
 

@@ -14,12 +14,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipeline.shards import images
+from pipeline.shards import images, pixels
 
+PHASH = "phash"  # the column of an index
 BITS = 64
 _SIDE = 32  # pixels of the image that is transformed
 _LOW = 8  # frequencies a direction
 _DECODED = 64  # pixels of the shorter side that a JPEG is decoded to at least; fewer differ in more bits
+_MOST = 2**26  # pixels that are decoded
 _UNIT = 2**12
 # Of 8 frequencies, (8, 32): sums of 32 x 32 products stay far below 2^53, so that float64 has them without rounding, in any order.
 _COSINES = np.array(
@@ -32,19 +34,20 @@ _CONTRAST = _UNIT**2 * _SIDE * _SIDE // 4 // 4  # amplitude of a quarter of a gr
 def perceptual_hash(data: bytes) -> int | None:
     """The hash of an image's bytes, 0 to 2^64 - 1.
 
-    None where there is none: the image cannot be decoded, or has too little in it. Of a flat image every frequency is 0 but for
+    None where there is none: the image cannot be decoded, or only at more than 2^26 pixels; or it has too little in it. Of a flat image every frequency is 0 but for
     noise, so all flat images would be near duplicates of each other; without a hash they have equal files as their only duplicates.
     """
     try:
-        return hash_grey(_grey(data))
+        grey = _grey(data)
+        return None if grey is None else hash_grey(grey)
     except (*images.BROKEN, images.Drop, Image.DecompressionBombError):
         return None
 
 
 def hash_grey(grey: Image.Image) -> int | None:
     """The hash of an image of mode L; None where it has too little contrast."""
-    pixels = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
-    low = (_COSINES @ pixels @ _COSINES.T).ravel()
+    small = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = (_COSINES @ small @ _COSINES.T).ravel()
     if np.count_nonzero(np.abs(low[1:]) >= _CONTRAST) < _TOLD:
         return None
     middle = np.partition(low, (BITS // 2 - 1, BITS // 2))
@@ -52,22 +55,21 @@ def hash_grey(grey: Image.Image) -> int | None:
     return int.from_bytes(np.packbits(above).tobytes(), "big")
 
 
-def _grey(data: bytes) -> Image.Image:
+def _grey(data: bytes) -> Image.Image | None:
     if data.startswith(b"\xff\xd8"):
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             # Only these factors have vector code.
             factor = next((f for f in (8, 4, 2) if min(width, height) >= f * _DECODED), 1)
+            if width * height > _MOST * factor**2:
+                return None
             least = {} if factor == 1 else {"min_width": -(-width // factor), "min_height": -(-height // factor)}
             return Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="gray", **least)[..., 0])
         except ValueError as e:
-            if images.is_damage(e):
+            if pixels.is_damage(e):
                 raise
             # Kinds that only Pillow reads.
     with images.open_image(data) as image:
-        image.load()
-        if image.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:  # on white paper, as shards have them
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image.convert("RGBA"))
-        return image.convert("L")
+        if image.width * image.height > _MOST:
+            return None
+        return Image.fromarray(pixels.to_rgb(image)).convert("L")

@@ -20,11 +20,8 @@ from pipeline.core.errors import DataError
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.digests import halves, parse_digests
-from pipeline.shards.duplicates.phash import perceptual_hash
+from pipeline.shards.duplicates.phash import PHASH, perceptual_hash
 from pipeline.shards.manifest import ShardTable, read_manifest, read_part
-
-PHASH = "phash"
-NO_HASHES = pa.schema([(PHASH, pa.uint64())])
 
 
 @dataclass(frozen=True)
