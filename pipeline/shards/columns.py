@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.errors import DataError, InfrastructureError, StorageError, TesseraError, UserError
+from pipeline.core.errors import DataError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.manifest import ShardTable, encode_index, read_manifest
+from pipeline.shards.manifest import ShardRecord, encode_index, read_manifest
+from pipeline.shards.passes import over_shards
 from pipeline.shards.rows import Row, read_index, read_rows
 
 FILE = "columns.json"
 FINGERPRINT = "fingerprint"  # the key in a field's metadata
-_MOST_FAILURES = 100  # shards that may fail before the others are given up too
-_LISTED = 10  # in one sentence
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,50 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Added:
-    """What one task sends back: values and their sum, least and largest, by column; or why there are none."""
+class _Part:
+    """Of one column of one shard: its rows, the values in them, and of these the sum, the least and the largest."""
 
-    name: str
-    computed: bool = False
-    rows: int = 0
-    sums: dict[str, tuple[int, float, float, float]] = field(default_factory=dict)
-    failure: TesseraError | None = None
+    rows: int
+    values: int
+    sum: float
+    least: float
+    most: float
+
+    @staticmethod
+    def of(column: pa.ChunkedArray) -> _Part:
+        values = column.drop_null().cast(pa.float64(), safe=False).to_pylist()
+        return _Part(len(column), len(values), math.fsum(values), min(values, default=math.inf), max(values, default=-math.inf))
+
+
+@dataclass(frozen=True)
+class Added:
+    """What one task sends back; `computed` is false where the columns were there already."""
+
+    computed: bool
+    parts: dict[str, _Part]
+
+
+class _Sum:
+    """Of one column of all shards; the same to the last digit, in whatever order they come."""
+
+    def __init__(self) -> None:
+        self.rows, self.values, self.computed, self._sums = 0, 0, 0, array("d")
+        self._least, self._most = math.inf, -math.inf
+
+    def add(self, part: _Part, computed: bool) -> None:
+        self.rows, self.values, self.computed = self.rows + part.rows, self.values + part.values, self.computed + computed
+        self._least, self._most = min(self._least, part.least), max(self._most, part.most)
+        self._sums.append(part.sum)
+
+    def about(self) -> dict[str, Any]:
+        there = self.values > 0
+        return {
+            "rows": self.rows,
+            "values": self.values,
+            "mean": math.fsum(self._sums) / self.values if there else None,
+            "min": self._least if there else None,
+            "max": self._most if there else None,
+        }
 
 
 def maker_of(column: pa.Field) -> str | None:
@@ -94,40 +130,41 @@ def add_columns(directory: Storage, columns: Columns, workers: int | None = None
     if stale:  # from now on some shards have other values
         known = {name: about for name, about in known.items() if name not in stale}
         directory.write(FILE, _encode(known))
-    shards = ShardTable(directory)
-    done, failures = _run(directory, columns, [(r.samples, (r.name,)) for r in shards], workers, label)
-    again = [shard for shard in failures if isinstance(failures[shard], StorageError | InfrastructureError)]
-    if again and len(failures) < _MOST_FAILURES:
-        say(f"warning: {label}: {len(again):,} shards failed and are tried again ({failures[again[0]]})")
-        more, still = _run(directory, columns, [(1, (name,)) for name in again], workers, label)
-        done, failures = done + more, {name: e for name, e in failures.items() if name not in again} | still
-    if failures:
-        _refuse(directory, columns, len(shards), failures)
-    known |= {name: wanted | _sum_up(done, name) for name in columns.types}
+    sums = {name: _Sum() for name in columns.types}
+    tasks = over_shards(
+        label,
+        directory,
+        add_to_shard,
+        (directory, columns),
+        lambda: f"{sum(s.computed for s in sums.values()) // len(sums):,} shards computed",
+        where=columns.where,
+        workers=workers,
+        gpus=columns.gpus,
+    )
+    for added in tasks:
+        for name, part in added.parts.items():
+            sums[name].add(part, added.computed)
+    known |= {name: wanted | sums[name].about() for name in columns.types}
     directory.write(FILE, _encode(known))
     return {name: known[name] for name in columns.types}
 
 
-def add_to_shard(name: str, directory: Storage, columns: Columns) -> Added:
-    """Publish the index of the shard `name` with `columns` (the body of a Ray task)."""
-    try:
-        index_name = name.removesuffix(".tar") + ".index.parquet"
-        index = read_index(directory, index_name)
-        if columns.is_in(index.schema):
-            return _added(name, index, columns, False)
-        for column in columns.types:
-            if column in index.schema.names and maker_of(index.schema.field(column)) is None:
-                raise DataError(f"the index has a column {column!r} already, which was written with it (name another)")
-        values: list[list[Any]] = [[] for _ in columns.types]
-        for rows in read_rows(directory, name, index, columns.needs, columns.batch):
-            for held, made in zip(values, columns.make(rows), strict=True):
-                assert len(made) == len(rows), "a value a row"
-                held += made
-        index = _with(index, columns, values)
-        directory.write(index_name, encode_index(index))
-        return _added(name, index, columns, True)
-    except (UserError, InfrastructureError) as e:
-        return Added(name, failure=e)
+def add_to_shard(record: ShardRecord, directory: Storage, columns: Columns) -> Added:
+    """Publish the index of a shard with `columns` (the body of a Ray task)."""
+    index = read_index(directory, record.index_name)
+    if columns.is_in(index.schema):
+        return _added(index, columns, False)
+    for column in columns.types:
+        if column in index.schema.names and maker_of(index.schema.field(column)) is None:
+            raise DataError(f"the index has a column {column!r} already, which was written with it (name another)")
+    values: list[list[Any]] = [[] for _ in columns.types]
+    for rows in read_rows(directory, record.name, index, columns.needs, columns.batch):
+        for held, made in zip(values, columns.make(rows), strict=True):
+            assert len(made) == len(rows), "a value a row"
+            held += made
+    index = _with(index, columns, values)
+    directory.write(record.index_name, encode_index(index))
+    return _added(index, columns, True)
 
 
 def _with(index: pa.Table, columns: Columns, values: list[list[Any]]) -> pa.Table:
@@ -141,52 +178,8 @@ def _with(index: pa.Table, columns: Columns, values: list[list[Any]]) -> pa.Tabl
     return index.select([*first, *sorted(set(index.column_names) - set(first))])
 
 
-def _added(name: str, index: pa.Table, columns: Columns, computed: bool) -> Added:
-    sums = {}
-    for column in columns.types:
-        values = index[column].drop_null().cast(pa.float64(), safe=False).to_pylist()
-        sums[column] = (len(values), math.fsum(values), min(values, default=math.inf), max(values, default=-math.inf))
-    return Added(name, computed, len(index), sums)
-
-
-def _run(
-    directory: Storage, columns: Columns, jobs: list[tuple[int, tuple[str]]], workers: int | None, label: str
-) -> tuple[list[Added], dict[str, TesseraError]]:
-    """What the shards have now, and by name why some failed."""
-    from pipeline.shards.tasks import run_tasks  # Ray comes with it, of which a plan has no need
-
-    done, failures = list[Added](), dict[str, TesseraError]()
-
-    def told() -> str:
-        return f"{sum(a.computed for a in done):,} of {len(done):,} shards computed" + (f", {len(failures):,} failed" if failures else "")
-
-    tasks = run_tasks(label, "samples", add_to_shard, jobs, (directory, columns), workers, told, gpus=columns.gpus)
-    for added in tasks:
-        if added.failure is None:
-            done.append(added)
-        else:
-            failures[added.name] = added.failure
-        if len(failures) >= _MOST_FAILURES:
-            tasks.close()
-    return done, failures
-
-
-def _sum_up(done: list[Added], column: str) -> dict[str, Any]:
-    """The same to the last digit, in whatever order the shards came."""
-    counts, sums, least, most = zip(*(added.sums[column] for added in done), strict=True)
-    about: dict[str, Any] = {"rows": sum(added.rows for added in done), "values": (values := sum(counts))}
-    if not values:
-        return about | {"mean": None, "min": None, "max": None}
-    return about | {"mean": math.fsum(sums) / values, "min": min(least), "max": max(most)}
-
-
-def _refuse(directory: Storage, columns: Columns, shards: int, failures: dict[str, TesseraError]) -> None:
-    kinds = {type(e) for e in failures.values()}
-    kind = kinds.pop() if len(kinds) == 1 else DataError
-    told = "; ".join(f"{name}: {failures[name]}" for name in sorted(failures)[:_LISTED]) + ("; .." if len(failures) > _LISTED else "")
-    least = "at least " if len(failures) >= _MOST_FAILURES else ""
-    names = ", ".join(columns.types)
-    raise kind(f"{columns.where}: {least}{len(failures)} of the {shards} shards in {directory.url} have no {names} now: {told}")
+def _added(index: pa.Table, columns: Columns, computed: bool) -> Added:
+    return Added(computed, {name: _Part.of(index[name]) for name in columns.types})
 
 
 def _encode(known: dict[str, dict[str, Any]]) -> bytes:

@@ -1,7 +1,7 @@
 """Images of evaluation sets in a collection, on Ray: which of ours go, as the deny-list `contamination`, and an audit of each set.
 
-The hashes of a set are sent to every task, each of which compares a range of ours with them: so ours are read once a set, wherever they lie,
-and nothing of them travels but what was found. A set of more than `TABLE` images is taken in parts.
+The hashes of a set are sent to every task, each of which compares a range of ours with them: so ours are read once a set, wherever they
+lie, and nothing of them travels but what was found. A set of more than `TABLE` images is taken in parts.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ import pyarrow as pa
 from pipeline.config.shard import Contamination
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import name_for, write_list
+from pipeline.shards.deny import DenyList, name_for
 from pipeline.shards.digests import DigestTable
 from pipeline.shards.duplicates.near import find_matches
-from pipeline.shards.duplicates.publish import KEY_PARTS, bounds_of, key_parts, keys_of, sorted_parts
-from pipeline.shards.duplicates.records import Hashes, Part, Range, cut, has_hashes, read_columns, read_hashes, shard_parts
+from pipeline.shards.duplicates.records import Hashes, Part, Range, cut, has_hashes, keys_of, read_columns, read_hashes, shard_parts
 from pipeline.shards.manifest import read_manifest
 
 NAME = "contamination"
 TABLE = 1 << 23  # images of a set that a task compares with at a time, 33 bytes each, and some more while they are sorted
 _RANGE = 1 << 18  # of ours that a task reads
-_SCHEMA = pa.schema(
-    [*((name, pa.string()) for name in ("key", "of", "of_key", "split", "shard")), ("distance", pa.uint8()), ("exact", pa.bool_())]
-)  # of: the URL of the set, of_key: the key of its image that is nearest, the first of several
+# of: the URL of the set; of_key: the key of its image that is nearest, the first of several; the others as of duplicates.
+_REASONS = {**dict.fromkeys(("of", "of_key", "split", "shard"), pa.string()), "distance": pa.uint8(), "exact": pa.bool_()}
 
 
 @dataclass(frozen=True)
@@ -67,19 +65,16 @@ def find_contamination(
         for c in configs
         for theirs in [Storage(c.url, directory.endpoint)]
     ]
-    if (known := _known(directory, file)) and known["dataset"] == manifest.hash:
-        if [{k: s[k] for k in w} for s, w in zip(known["sets"], wanted, strict=False)] == wanted and len(known["sets"]) == len(wanted):
-            say(f"{NAME:<12} found already, in {directory.url}/{file}")
-            return known["sets"]
-    directory.remove(file)
-    parts, audits, found = shard_parts(directory), list[dict[str, Any]](), list[list[Any]]()
-    bounds = bounds_of(directory, parts, -(-sum(p.samples for p in parts) // KEY_PARTS))
-    for config, about in zip(configs, wanted, strict=True):
-        audit, pieces = _compare(directory, parts, config, bounds, workers, images)
-        audits.append(about | audit)
-        found.append(pieces)
-    tables = sorted_parts([[piece for pieces in found for piece in pieces[part]] for part in range(len(bounds) + 1)], workers)
-    write_list(directory, name_for(NAME, manifest.version), tables, _SCHEMA)
+    known = _known(directory, file)
+    if known and known["dataset"] == manifest.hash and [{k: s[k] for k in wanted[0]} for s in known["sets"]] == wanted:
+        say(f"{NAME:<12} found already, in {directory.url}/{file}")
+        return known["sets"]
+    directory.remove(file)  # what it says is no longer so
+    parts, audits = shard_parts(directory), list[dict[str, Any]]()
+    with DenyList(directory, name_for(NAME, manifest.version), _REASONS) as out:
+        for config, about in zip(configs, wanted, strict=True):
+            audits.append(about | _compare(directory, parts, config, out, workers, images))
+        out.publish({"dataset": manifest.hash, "sets": wanted})
     directory.write(file, (json.dumps({"dataset": manifest.hash, "sets": audits}, indent=2, ensure_ascii=False) + "\n").encode())
     return audits
 
@@ -92,9 +87,9 @@ def _known(directory: Storage, file: str) -> dict[str, Any] | None:
 
 
 def _compare(
-    directory: Storage, parts: list[Part], config: Contamination, bounds: list[str], workers: int | None, images: int
-) -> tuple[dict[str, Any], list[list[Any]]]:
-    """(the audit of one set, pieces of the list by range of keys)."""
+    directory: Storage, parts: list[Part], config: Contamination, out: DenyList, workers: int | None, images: int
+) -> dict[str, Any]:
+    """The audit of one set; what of ours goes because of it is added to the list."""
     from pipeline.shards import tasks  # Ray comes with it, of which a plan has no need
 
     theirs, near = Storage(config.url, directory.endpoint), config.near is not None
@@ -120,13 +115,13 @@ def _compare(
         found.append(matches)
     # Of several parts of a set, the nearest match of each of ours.
     jobs = [(r.end - r.first, (r,), [matches[n] for matches in found]) for n, r in enumerate(ours)]
-    shared = (directory, str(theirs.url), bounds)
-    *pieces, counted = tasks.exchange("keys", "images", _name, jobs, shared, len(bounds) + 2, workers)
-    for piece in counted:
-        for split, counts in tasks.take("keys", piece).items():
-            for kind, count in counts.items():
-                audit["denied"][split][kind] += count
-    return audit, pieces
+    [named] = tasks.exchange("keys", "images", _name, jobs, (directory, config.url), 1, workers)
+    for piece in named:
+        rows: pa.Table = tasks.take("keys", piece)
+        for row in rows.group_by(["split", "exact"]).aggregate([("key", "count")]).to_pylist():
+            audit["denied"][row["split"]]["exact" if row["exact"] else "near"] += row["key_count"]
+        out.add(rows)
+    return audit
 
 
 def _count_theirs(counts: dict[str, dict[str, int]], table: Range, hits: np.ndarray) -> None:
@@ -152,16 +147,9 @@ def _set_of(*pieces: tuple[pa.Array, list[Hashes]]) -> list[_Set]:
     sha = DigestTable(high, low)
     phash, has = np.concatenate([h.phash for h in hashes]), np.concatenate([h.has for h in hashes])
     distinct, which = np.unique(phash[has], return_inverse=True)
+    by_sha = _images_by(sha.find(high, low), np.arange(len(high)), len(sha))
     by_phash = _images_by(which, np.flatnonzero(has), len(distinct))
-    return [
-        _Set(
-            pa.concat_arrays([k for k, _ in pieces]),
-            sha,
-            _images_by(sha.find(high, low), np.arange(len(high)), len(sha)),
-            distinct,
-            by_phash,
-        )
-    ]
+    return [_Set(pa.concat_arrays([k for k, _ in pieces]), sha, by_sha, distinct, by_phash)]
 
 
 def _images_by(which: np.ndarray, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,8 +198,8 @@ def _met(hashes: np.ndarray, of: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return images[np.repeat(hashes, np.diff(starts))]
 
 
-def _name(part: Range, directory: Storage, url: str, bounds: list[str], *pieces: pa.Table) -> list[Any]:
-    """Rows of the list, by range of keys, and how many they are by split and kind."""
+def _name(part: Range, directory: Storage, url: str, *pieces: pa.Table) -> list[pa.Table]:
+    """Rows of the list."""
     table = pa.concat_tables(pieces)
     exact, distance, numbers = (table[name].to_numpy() for name in ("exact", "distance", "number"))
     order = np.lexsort((distance, ~exact, numbers))  # of several parts of a set, the first of the nearest
@@ -219,11 +207,5 @@ def _name(part: Range, directory: Storage, url: str, bounds: list[str], *pieces:
     table = table.take(pa.array(order))
     keys, shards = keys_of(directory, part, table["number"].to_numpy())
     names, splits = (pa.array([getattr(p, what) for p in part.parts]) for what in ("name", "split"))
-    rows = pa.table(
-        {"key": keys, "of": pa.array([url] * len(keys), pa.string()), "split": splits.take(shards), "shard": names.take(shards)}
-        | {name: table[name] for name in ("of_key", "distance", "exact")}
-    ).select(_SCHEMA.names)
-    counts: dict[str, dict[str, int]] = {}
-    for row in rows.group_by(["split", "exact"]).aggregate([("key", "count")]).to_pylist():
-        counts.setdefault(row["split"], {})["exact" if row["exact"] else "near"] = row["key_count"]
-    return [*key_parts(rows.cast(_SCHEMA), bounds), counts]
+    own = {"key": keys, "of": pa.array([url] * len(keys), pa.string()), "split": splits.take(shards), "shard": names.take(shards)}
+    return [pa.table(own | {name: table[name] for name in ("of_key", "distance", "exact")}).select(["key", *_REASONS])]

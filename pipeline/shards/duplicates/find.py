@@ -6,7 +6,7 @@ disk where memory is short (`tasks.exchange`). Below, P ranges of hashes and K o
     indices ─▶ (hashes, number)  by hash: P ─▶ groups of equal pictures ─┬─▶ (number, first of its group)  by first: K ──┐
                                                                          └─▶ one of each group ─▶ near pairs, mask by mask │
                                                             by the later image: K ─▶ settled, range after range ─▶ gone ─▶ (number, of)
-    by of: K ─▶ its key  by number: K ─▶ own key  by key: P ─▶ sorted ─▶ deny/duplicates.parquet, duplicates.json
+    by of: K ─▶ its key  by number: K ─▶ own key ─▶ sorted by key ─▶ deny/duplicates.parquet, duplicates.json
 """
 
 from __future__ import annotations
@@ -24,23 +24,15 @@ from pipeline.config.shard import Duplicates
 from pipeline.core.errors import ConfigError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import name_for, write_list
+from pipeline.shards.deny import DenyList, name_for
 from pipeline.shards.duplicates.near import Bits, find_pairs, masks_for, settle
-from pipeline.shards.duplicates.publish import KEY_PARTS, bounds_of, key_parts, keys_of, sorted_parts
-from pipeline.shards.duplicates.records import Range, cut, read_hashes, shard_parts, split_by
+from pipeline.shards.duplicates.records import Range, cut, keys_of, read_hashes, shard_parts, split_by
 from pipeline.shards.manifest import read_manifest
 
 NAME = "duplicates"
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("of", pa.string()),
-        ("split", pa.string()),
-        ("shard", pa.string()),
-        ("distance", pa.uint8()),
-        ("exact", pa.bool_()),
-    ]
-)
+# of: the key of the image that stays; distance: bits in which their perceptual hashes differ; exact: their files are equal.
+_REASONS = {"of": pa.string(), "split": pa.string(), "shard": pa.string(), "distance": pa.uint8(), "exact": pa.bool_()}
+_SLICES = 4  # in which a range's rows come to the driver
 _RECORD = np.dtype([("number", "<i8"), ("phash", "<u8"), ("high", "<u8"), ("low", "<u8"), ("has", "?")])
 _NODE = np.dtype([("phash", "<u8"), ("number", "<i8")])
 _MEMBER = np.dtype([("number", "<i8"), ("first", "<i8"), ("exact", "?")])
@@ -63,6 +55,7 @@ def find_duplicates(directory: Storage, config: Duplicates, workers: int | None 
     """Publish which images of the dataset at `directory` are copies, and return what `duplicates.json` then says of them. Needs a Ray that
     is initialised; what was found before, in the same dataset and as `config` has it, stands.
 
+    That says `dataset` (its manifest's hash), `near`, `images` (all there are) and `denied`: {split: {exact, near}}.
     Of equal files the first stays, in the order of `records.shard_parts`. With `config.near`, so does an image unless one before it that
     stays has a perceptual hash so near (`near.settle`).
 
@@ -73,17 +66,26 @@ def find_duplicates(directory: Storage, config: Duplicates, workers: int | None 
     manifest = read_manifest(directory)
     name, wanted = name_for(NAME, manifest.version), {"dataset": manifest.hash, "near": config.near}
     if (known := _known(directory, file := f"{name}.json")) and wanted.items() <= known.items():
-        say(f"{NAME:<12} found already: {known['exact'] + known['near_copies']:,} of {known['images']:,} images")
+        say(f"{NAME:<12} found already: {total(known['denied']):,} of {known['images']:,} images")
         return known
     directory.remove(file)  # what it says is no longer so
     search = _Search(directory, config.near, workers, sizes or Sizes())
     counts: Counter[tuple[str, bool]] = Counter()
-    write_list(directory, name, _counted(search.tables(), counts), _SCHEMA)
-    splits = {s: {"exact": counts[s, True], "near_copies": counts[s, False]} for s in sorted(manifest.splits)}
-    total = {kind: sum(split[kind] for split in splits.values()) for kind in ("exact", "near_copies")}
-    found = wanted | {"images": search.images, **total, "splits": splits}
+    with DenyList(directory, name, _REASONS) as out:
+        for table in search.tables():
+            for row in table.group_by(["split", "exact"]).aggregate([("key", "count")]).to_pylist():
+                counts[row["split"], row["exact"]] += row["key_count"]
+            out.add(table)
+        out.publish(wanted)
+    denied = {split: {"exact": counts[split, True], "near": counts[split, False]} for split in sorted(manifest.splits)}
+    found = wanted | {"images": search.images, "denied": denied}
     directory.write(file, (json.dumps(found, indent=2) + "\n").encode())
     return found
+
+
+def total(denied: dict[str, dict[str, int]]) -> int:
+    """Of all splits and kinds."""
+    return sum(sum(kinds.values()) for kinds in denied.values())
 
 
 def _known(directory: Storage, file: str) -> dict[str, Any]:
@@ -91,13 +93,6 @@ def _known(directory: Storage, file: str) -> dict[str, Any]:
         return json.loads(directory.read(file))
     except FileNotFoundError:
         return {}
-
-
-def _counted(tables: Iterator[pa.Table], counts: Counter[tuple[str, bool]]) -> Iterator[pa.Table]:
-    for table in tables:
-        for row in table.group_by(["split", "exact"]).aggregate([("key", "count")]).to_pylist():
-            counts[row["split"], row["exact"]] += row["key_count"]
-        yield table
 
 
 class _Search:
@@ -115,7 +110,7 @@ class _Search:
         return self.tasks.exchange(what, unit, body, jobs, shared, parts, self.workers)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The list, piece by piece, in order of the keys."""
+        """Rows of the list, a piece at a time, in no order."""
         k, p = len(self.ranges), self.hash_parts
         small = cut(self.parts, max(self.sizes.range // 64, self.sizes.piece * p))
         reads = [(r.end - r.first, (r,), ()) for r in small]
@@ -127,10 +122,11 @@ class _Search:
         copies = self.exchange("copies", "ranges", _copies, grouped, (self.firsts,), k)
         del gone, members, grouped
         named = self.exchange("keys", "ranges", _name_originals, self._by_range(copies), (self.directory, self.firsts), k)
-        bounds = bounds_of(self.directory, self.parts, -(-self.images // KEY_PARTS))
-        rows = self.exchange("own keys", "ranges", _name_copies, self._by_range(named), (self.directory, bounds), len(bounds) + 1)
+        rows = self.exchange("own keys", "ranges", _name_copies, self._by_range(named), (self.directory,), _SLICES)
         del copies, named
-        yield from sorted_parts(rows, self.workers)
+        while rows:
+            for piece in rows.pop():
+                yield self.tasks.take("own keys", piece)
 
     def _by_range(self, pieces: list[list[Any]]) -> list[Any]:
         return [(1, (r,), held) for r, held in zip(self.ranges, pieces, strict=True)]
@@ -253,16 +249,16 @@ def _name_originals(part: Range, directory: Storage, firsts: np.ndarray, *pieces
     return split_by(_range_of(copies["number"], firsts), len(firsts), table)
 
 
-def _name_copies(part: Range, directory: Storage, bounds: list[str], *pieces: pa.Table) -> list[pa.Table]:
+def _name_copies(part: Range, directory: Storage, *pieces: pa.Table) -> list[pa.Table]:
     table = pa.concat_tables(pieces)
     keys, shards = keys_of(directory, part, table["number"].to_numpy())
     names, splits = (pa.array([getattr(p, what) for p in part.parts]) for what in ("name", "split"))
     table = pa.table(
         {"key": keys, "of": table["of"], "split": splits.take(shards), "shard": names.take(shards)}
-        | {name: table[name] for name in ("distance", "exact")},
-        schema=_SCHEMA,
+        | {name: table[name] for name in ("distance", "exact")}
     )
-    return key_parts(table, bounds)
+    size = -(-len(table) // _SLICES)
+    return [table.slice(n * size, size) for n in range(_SLICES)]
 
 
 def _range_of(numbers: np.ndarray, firsts: np.ndarray) -> np.ndarray:

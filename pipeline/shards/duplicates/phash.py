@@ -34,8 +34,9 @@ _CONTRAST = _UNIT**2 * _SIDE * _SIDE // 4 // 4  # amplitude of a quarter of a gr
 def perceptual_hash(data: bytes) -> int | None:
     """The hash of an image's bytes, 0 to 2^64 - 1.
 
-    None where there is none: the image cannot be decoded, or only at more than 2^26 pixels; or it has too little in it. Of a flat image every frequency is 0 but for
-    noise, so all flat images would be near duplicates of each other; without a hash they have equal files as their only duplicates.
+    None where there is none: the image cannot be decoded, or only at more than 2^26 pixels; or it has too little in it. Of a flat image
+    every frequency is 0 but for noise, so all flat images would be near duplicates of each other; without a hash they have equal files
+    as their only duplicates.
     """
     try:
         grey = _grey(data)

@@ -147,3 +147,19 @@ def split_by(where: np.ndarray, parts: int, table: Any) -> list[Any]:
     ends = np.searchsorted(where[order], np.arange(parts + 1))
     rows = [order[a:b] for a, b in pairwise(ends)]
     return [table.take(pa.array(r)) if isinstance(table, pa.Table) else table[r] for r in rows]
+
+
+def keys_of(directory: Storage, part: Range, numbers: np.ndarray) -> tuple[pa.Array, pa.Array]:
+    """(the keys of images, the places of their shards in `part.parts`), in the order of `numbers`, int64 (n,), all of this range."""
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    ends = np.searchsorted(ordered, [p.first + p.samples for p in part.parts])
+    found: list[pa.Array] = [pa.array([], pa.string())]
+    for shard, start, end in zip(part.parts, np.append(0, ends[:-1]), ends, strict=True):
+        if end > start:
+            keys = read_columns(directory, shard, ["key"])["key"].combine_chunks().cast(pa.string())
+            found.append(keys.take(pa.array(ordered[start:end] - shard.first)))
+    back = np.empty(len(order), dtype=np.int64)
+    back[order] = np.arange(len(order))
+    shards = np.searchsorted(ends, np.arange(len(order)), side="right")
+    return pa.concat_arrays(found).take(pa.array(back)), pa.array(shards[back])

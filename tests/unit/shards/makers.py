@@ -6,7 +6,9 @@ import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
@@ -48,3 +50,49 @@ class Stutters:
             mark.touch()
             raise StorageError("storage: nobody answers")
         return [[1.0] * len(samples)]
+
+
+def brightness(samples: list[dict[str, Any]]) -> list[float]:
+    return [float(sample["image"].mean()) for sample in samples]
+
+
+def caption_number(samples: list[dict[str, Any]]) -> np.ndarray:
+    """The number in `train 17`; nan where there is no caption."""
+    return np.array([float(s["caption"].split()[1]) if s["caption"] else np.nan for s in samples])
+
+
+def described(samples: list[dict[str, Any]]) -> list[float | None]:
+    """A number made of all that a sample has; raises where anything is not as it is promised."""
+    for sample in samples:
+        assert sorted(sample) == ["caption", "image", "json", "key", "label"]
+        assert sample["image"].dtype == np.uint8 and sample["image"].ndim == 3 and sample["image"].shape[2] == 3
+        assert sample["caption"].split()[1] == str(sample["json"]["n"]) and len(sample["key"]) == 20
+    return [None if s["label"] < 0 else s["label"] + s["json"]["n"] / 1000 + 10 * s["image"].shape[1] for s in samples]
+
+
+def fails_at_thirteen(samples: list[dict[str, Any]]) -> list[float]:
+    if any(sample["json"]["n"] == 13 for sample in samples):
+        raise RuntimeError("unlucky")
+    return [0.0] * len(samples)
+
+
+def fails_at_many(samples: list[dict[str, Any]]) -> list[float]:
+    if len(samples) > 1:
+        raise RuntimeError("too many")
+    return [0.0]
+
+
+def too_few(samples: list[dict[str, Any]]) -> list[float]:
+    return [0.0] * (len(samples) - 1)
+
+
+def one_number(samples: list[dict[str, Any]]) -> float:
+    return 0.0
+
+
+def words(samples: list[dict[str, Any]]) -> list[str]:
+    return ["1.5"] * len(samples)
+
+
+def endless(samples: list[dict[str, Any]]) -> list[float]:
+    return [float("inf")] * len(samples)
