@@ -24,10 +24,12 @@ from pipeline.checkpoint.run import flatten, kept_micro_batch, run_directory, tr
 from pipeline.config import Config, fingerprint
 from pipeline.config.data import Data
 from pipeline.core.errors import CheckpointError, TesseraError, choose
+from pipeline.core.functions import load_function
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import Tracker
 from pipeline.evaluate.results import Result
+from pipeline.evaluate.scoring import check_scores, score_dataset
 from pipeline.evaluate.subject import check_subject
 from pipeline.evaluate.tasks import check_evaluate, find_tasks, look_up
 from pipeline.models import build
@@ -37,10 +39,15 @@ from pipeline.plan.calibration import find_measured
 from pipeline.plan.devices import find_device
 from pipeline.plan.fit import check_fits, has_auto, settle
 from pipeline.plan.plan import check_groups
+from pipeline.shards.duplicates.stage import check_sets, treat_copies
 from pipeline.shards.job import find_made, make_dataset
+from pipeline.shards.scores import check_columns
 from pipeline.shards.sources import check_source, open_source
+<<<<<<< HEAD
 from pipeline.shards.statistics import FILE as STATISTICS
 from pipeline.shards.statistics import encode_statistics, keep_statistics
+=======
+from pipeline.shards.takedown import check_lists, take_down
 from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
 from pipeline.stream.reader import BLOCK
@@ -77,6 +84,8 @@ def check_config(config: Config) -> None:
             for path, url, split in splits_of(p):
                 if url is None:
                     choose(path, split, config.shard.splits)
+    if config.shard:
+        check_columns(config.shard.scores)
     check_evaluate(config)
 
 
@@ -100,6 +109,12 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         check_deepspeed(p)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
         check_source(config.shard)
+        if config.shard.filter is not None:
+            load_function("shard.filter", config.shard.filter)
+    if config.shard and write:  # a plan reads no weights
+        check_scores(config.shard.scores, endpoint)
+        check_lists(config.shard.takedown, endpoint)
+        check_sets(config.shard.contamination, endpoint)
     check_subject(config)
     is_to_run = write or _is_at_hand(config)  # a recipe can be planned with nothing at hand
     classes = None
@@ -272,9 +287,20 @@ class _Stages:
         with self._stage("shard") as tracker, self._timed("shard", "folder to shards"):
             manifest, metrics = make_dataset(self.config, directory)
             tracker.tags({"dataset.hash": manifest.hash})
-            tracker.metrics(metrics)
-            # After all that is done to the shards and their indices.
+            tracker.metrics(metrics | self._mark(directory))
+            # Last, since the indices may have got further columns.
             tracker.artifact("shard", STATISTICS, encode_statistics(keep_statistics(directory, manifest)))
+
+    def _mark(self, directory: Storage) -> dict[str, float]:
+        """What is done to the finished dataset: columns for its indices, and deny-lists. Metrics."""
+        shard = self.config.shard
+        assert shard is not None, "called for a config that makes a dataset"
+        metrics = treat_copies(directory, shard)
+        metrics |= score_dataset(directory, shard.scores, shard.workers)
+        if shard.takedown:
+            done = take_down(directory, shard.takedown, shard.workers)
+            metrics |= {"shard/takedown/samples": done.samples, "shard/takedown/unmatched": done.unmatched}
+        return metrics
 
     def _pretrain(self, data: Collection) -> None:
         p = self.config.pretrain

@@ -20,6 +20,8 @@ from pipeline.shards.samples import Sample
 from pipeline.shards.writer import write_shard
 from tests.clouds import Conditions, azure, google
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tessera", "AWS_SECRET_ACCESS_KEY": "tessera", "AWS_DEFAULT_REGION": "us-east-1"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long begin first: none is to be left to one worker at the end."""
@@ -32,6 +34,7 @@ def cluster() -> Iterator[None]:
     """A real Ray on this machine, one for all tests that use Ray in their own process."""
     import ray
 
+    os.environ |= CREDENTIALS  # its workers read and write the S3 server of the tests
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -42,7 +45,7 @@ def s3() -> Iterator[tuple[str, Callable[[], str]]]:
     """(endpoint, a function that makes an empty bucket and gives its `s3://..` URL) of an S3 server in this process."""
     from moto.server import ThreadedMotoServer
 
-    os.environ |= {"AWS_ACCESS_KEY_ID": "tessera", "AWS_SECRET_ACCESS_KEY": "tessera", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= CREDENTIALS
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

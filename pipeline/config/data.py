@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Positive, Quantity, Section
+from pipeline.config.section import Flag, Positive, Quantity, Section
 
 
 class Bound(Section):
@@ -28,6 +28,7 @@ class Data(Section):
     samples: Quantity | None = Field(None, description="how many there are, to plan with before the data is at hand")
     classes: Quantity | None = Field(None, description="likewise")
     deny: list[str] = Field([], description="lists of keys to leave out: a text file, a line a key, or Parquet with a column `key`")
+    own_deny: Flag = Field(True, description="leave out what the lists in the dataset's own folder deny/ name; false reads it all")
     where: dict[str, Bound] = Field({}, description="bounds by column of the index; a sample without the value is left out")
     weight: Positive | None = Field(None, description="share in a mixture, relative to the others; default: the number of samples")
 

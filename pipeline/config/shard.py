@@ -107,8 +107,13 @@ class Score(Section):
 
     column: str
     model: str | None = Field(None, description="a CLIP checkpoint (URL or URL@step, or a published one): the cosine of image and caption")
+    tokenizer: str | None = Field(
+        None,
+        description="of a published CLIP, which comes without its tokens: a tokenizer.json made here, or OpenAI's "
+        "bpe_simple_vocab_16e6.txt.gz",
+    )
     function: str | None = Field(None, description="instead: package.module.name of a function, called with a list of samples")
-    gpus: Annotated[float, Field(ge=0)] = Field(0, description="share of a GPU that one of its tasks has")
+    gpus: Annotated[float, Field(ge=0, le=1)] = Field(0, description="share of a GPU that one of its tasks has")
     batch: Count = 64
     keep: Bound | None = Field(None, description="samples outside these bounds are put on a deny-list")
 
@@ -121,6 +126,8 @@ class Score(Section):
     def _has_one_of_both(self) -> Score:
         if (self.model is None) == (self.function is None):
             raise ValueError("model: give either a model or a function")
+        if self.tokenizer and self.model is None:
+            raise ValueError("tokenizer: is a model's, and a function has none")
         return self
 
 

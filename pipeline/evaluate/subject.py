@@ -73,14 +73,24 @@ def _equip(card: ModelCard, ev: Evaluate, endpoint: str | None) -> ModelCard:
         if len(card.palette) != card.options["colors"]:
             raise ConfigError(f"evaluate.palette: has {len(card.palette)} colours, and {ev.model} is of {card.options['colors']}")
     if family == "clip":
-        if ev.tokenizer:
-            card = replace(card, tokenizer=Tokenizer.load(ev.tokenizer, endpoint=endpoint).to_json())
-        tokenizer = card.open_tokenizer()
-        if tokenizer is None and "zero-shot" in ev.protocols:
-            raise ConfigError(
-                f"evaluate.tokenizer: is missing; {ev.model} comes without its tokens (allowed: a tokenizer.json made here, or OpenAI's "
-                "bpe_simple_vocab_16e6.txt.gz)"
-            )
-        if tokenizer and tokenizer.size != card.options["vocabulary"]:
-            raise ConfigError(f"evaluate.tokenizer: has {tokenizer.size} tokens, and {ev.model} is of {card.options['vocabulary']}")
+        card = with_tokenizer(card, ev.tokenizer, endpoint, "evaluate.tokenizer", str(ev.model), "zero-shot" in ev.protocols)
+    return card
+
+
+def with_tokenizer(card: ModelCard, tokenizer: str | None, endpoint: str | None, where: str, model: str, is_needed: bool) -> ModelCard:
+    """The card of a CLIP, with the tokenizer at the URL that the config names at `where`, or its own.
+
+    Raises:
+        ConfigError: it has none and one is needed, or it is another model's. DataError: there is none at the URL.
+    """
+    if tokenizer:
+        card = replace(card, tokenizer=Tokenizer.load(tokenizer, endpoint=endpoint).to_json())
+    found = card.open_tokenizer()
+    if found is None and is_needed:
+        raise ConfigError(
+            f"{where}: is missing; {model} comes without its tokens (allowed: a tokenizer.json made here, or OpenAI's "
+            "bpe_simple_vocab_16e6.txt.gz)"
+        )
+    if found and found.size != card.options["vocabulary"]:
+        raise ConfigError(f"{where}: has {found.size} tokens, and {model} is of {card.options['vocabulary']}")
     return card

@@ -1,4 +1,5 @@
-"""python -m pipeline.shards adopt URL | show URL | verify URL: datasets by hand, without a config."""
+"""python -m pipeline.shards adopt URL | show URL | verify URL | takedown URL LIST | duplicates URL | contamination URL AGAINST:
+datasets by hand, without a config."""
 
 from __future__ import annotations
 
@@ -93,6 +94,101 @@ def verify(url: str, split: str | None, workers: int, endpoint: str | None) -> N
         if problems:
             raise DataError(f"data {directory.url}: {problems:,} problem{'s' * (problems > 1)} in {len(table):,} shards")
         click.echo(f"sound: {table.samples.sum():,} samples in {len(table):,} shards, {format_bytes(float(table.bytes.sum()))}")
+
+
+@main.command()
+@click.argument("url")
+@click.argument("lists", metavar="LIST..", nargs=-1, required=True)
+@click.option("--workers", type=click.IntRange(min=1), help="Shards read at a time; by default one a core.")
+@_endpoint
+def takedown(url: str, lists: tuple[str, ...], workers: int | None, endpoint: str | None) -> None:
+    """Deny the samples of the dataset at URL that LIST names, instead of those that another list denied before.
+
+    LIST is a file, at a path or URL: of keys, URLs of images (or their paths in the source) or sha256, one a line; or Parquet with columns
+    `key`, `url`, `sha256`, any of them. The shards stay as they are.
+    """
+    with exit_codes():
+        from pipeline.shards.manifest import read_manifest
+        from pipeline.shards.takedown import check_lists, take_down
+
+        directory = Storage(url, endpoint)
+        read_manifest(directory)
+        check_lists(lists, endpoint, "takedown")  # what is refused is refused before Ray starts
+        connect_ray(local="RAY_ADDRESS" not in os.environ)
+        take_down(directory, lists, workers, "takedown")
+
+
+_near = click.option(
+    "--near", type=click.IntRange(0, 16), metavar="BITS", help="Of 64 bits of perceptual hashes, in which they differ at most."
+)
+_workers = click.option("--workers", type=click.IntRange(min=1), help="Tasks at a time; by default one a core.")
+
+
+@main.command()
+@click.argument("url")
+@_near
+@_workers
+@_endpoint
+def duplicates(url: str, near: int | None, workers: int | None, endpoint: str | None) -> None:
+    """Deny all but one of equal images in the dataset at URL, and with --near all but one of nearly equal ones.
+
+    What loaders then leave out is named in deny/duplicates.parquet; the shards stay as they are. Splits for evaluation keep their images
+    against those whose names begin with "train"; otherwise the first one stays.
+    """
+    with exit_codes():
+        from pipeline.config.shard import Duplicates
+        from pipeline.shards.duplicates.find import find_duplicates
+        from pipeline.shards.duplicates.hashes import ensure_hashes
+        from pipeline.shards.manifest import read_manifest
+
+        directory = Storage(url, endpoint)
+        read_manifest(directory)  # what is refused is refused before Ray starts
+        connect_ray(local="RAY_ADDRESS" not in os.environ)
+        if near is not None:
+            ensure_hashes(directory, workers)
+        found = find_duplicates(directory, Duplicates(near=near), workers)
+        click.echo(f"{found['images']:,} images")
+        _tell_denied(found["denied"])
+
+
+@main.command()
+@click.argument("url")
+@click.argument("against", metavar="AGAINST_URL..", nargs=-1, required=True)
+@click.option("--split", help="Of the evaluation sets; default: all.")
+@_near
+@_workers
+@_endpoint
+def contamination(
+    url: str, against: tuple[str, ...], split: str | None, near: int | None, workers: int | None, endpoint: str | None
+) -> None:
+    """Deny the images of the dataset at URL that are also in the evaluation sets AGAINST_URL, and with --near those nearly equal to theirs.
+
+    What loaders then leave out is named in deny/contamination.parquet, in place of what was found before; contamination.json has the
+    counts by set and split. Nothing is written to the sets.
+    """
+    with exit_codes():
+        from pipeline.config.shard import Contamination
+        from pipeline.shards.duplicates.contamination import find_contamination
+        from pipeline.shards.duplicates.hashes import ensure_hashes
+        from pipeline.shards.duplicates.stage import check_sets
+        from pipeline.shards.manifest import read_manifest
+
+        directory, sets = Storage(url, endpoint), [Contamination(url=u, split=split, near=near) for u in against]
+        read_manifest(directory)  # what is refused is refused before Ray starts
+        check_sets(sets, endpoint, "AGAINST_URL {}")
+        connect_ray(local="RAY_ADDRESS" not in os.environ)
+        if near is not None:
+            ensure_hashes(directory, workers)
+        for audit in find_contamination(directory, sets, workers):
+            click.echo(audit["url"])
+            for name, counts in audit["images"].items():
+                click.echo(f"  {name}: of {counts['images']:,} images {counts['exact']:,} are here too, and {counts['near']:,} nearly")
+            _tell_denied(audit["denied"])
+
+
+def _tell_denied(denied: dict[str, dict[str, int]]) -> None:
+    for split, counts in denied.items():
+        click.echo(f"  denied of {split}: {counts['exact']:,} equal files, {counts['near']:,} near")
 
 
 def _read_names(path: Path) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pipeline.config import fingerprint
 from pipeline.core.errors import CredentialsError, DataError, StorageError, UserError
 from pipeline.core.storage import Storage
+from pipeline.shards import columns
 from pipeline.shards.index import TarIndex, index_schema, smallest
 from pipeline.shards.manifest import INDEX_SCHEMA, NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish, table_bytes
 from pipeline.shards.tars import Tape, read_blocks
@@ -97,6 +98,7 @@ def adopt(directory: Storage, options: Options, workers: int | None = None, forc
     splits = check(directory, options, force)
     directory.check_writable()
     directory.remove("manifest.json")  # first, so that nobody reads an old table beside new indices
+    directory.remove(columns.FILE)  # of indices that will be made anew
     jobs, sums = [(1, item) for item in splits.items()], _Sums()
     tasks = run_tasks("adopt", "tars", adopt_tar, jobs, (directory, options), workers, sums.told)
     for tar in tasks:

@@ -1,25 +1,27 @@
 """One image file as bytes in: bytes fit for a shard out, or the reason why not.
 
-The header is read first, so that an image too large or too small is never decoded; then all of it is decoded, because a
-truncated file has a perfect header. An image that needs no change keeps its own bytes.
+The header is read first, so that an image too large, too small or too long is never decoded; then all of it is decoded,
+because a truncated file has a perfect header, unless `check: ends` says that its end will do (`ends.py`). An image that needs
+no change keeps its own bytes. What happens to pixels is in `pixels.py`.
 """
 
 from __future__ import annotations
 
 import io
-import re
 import struct
 import threading
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
-import simplejpeg
 from PIL import Image
 
-from pipeline.config.shard import Resize, ShardImages
+from pipeline.config.shard import ShardImages
+from pipeline.shards import ends, pixels
+from pipeline.shards.dropped import Drop as Drop
+from pipeline.shards.dropped import Dropped as Dropped
+from pipeline.shards.dropped import describe_error as describe_error
+from pipeline.shards.pixels import Change
 
-JPEG_QUALITY = 95
 _FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that a shard holds as they are
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
@@ -37,17 +39,7 @@ BROKEN = (
     struct.error,
     zlib.error,
 )
-# Of libjpeg's warnings, those after which pixels are missing; the others (stray bytes, an odd JFIF version) are harmless.
-_DAMAGE = ("premature end", "bad huffman", "bad arithmetic", "instead of rst")
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_SCANS = 100  # of one JPEG; encoders make about ten, and each of them is a pass over the whole picture
 _open_lock = threading.Lock()
 
 
@@ -61,25 +53,11 @@ class Checked:
     height: int
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """Why a sample is left out. Reasons of images: empty, not-an-image, too-large, too-small, corrupt, unsupported."""
-
-    reason: str
-    detail: str
-
-
-class Drop(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.dropped = Dropped(reason, detail)
-
-
 def check_image(data: bytes, images: ShardImages) -> Checked | Dropped:
-    """Verify, and where the config or the file needs it, turn upright, convert to RGB and resize.
+    """Verify, and where the config or the file needs it, turn upright, convert to RGB, resize and crop.
 
     Transparent pixels are laid on white paper; 16-bit grey is scaled to 8 bits. Only the first frame is kept. A JPEG stays
-    a JPEG (quality 95), everything else that has to be encoded anew becomes PNG. The same bytes give the same bytes.
+    a JPEG (of `images.quality`), everything else that has to be encoded anew becomes PNG. The same bytes give the same bytes.
     """
     try:
         return _check(data, images)
@@ -92,52 +70,46 @@ def check_image(data: bytes, images: ShardImages) -> Checked | Dropped:
 
 
 def _check(data: bytes, images: ShardImages) -> Checked:
-    if not data:
-        raise Drop("empty", "the file has no bytes")
+    _check_bytes(len(data), images)
+    if (canvas := ends.webp_size(data)) is not None:  # before Pillow's WebP sets memory aside for it
+        _check_size(canvas, images)
     with open_image(data) as image:
         _check_size(image.size, images)
-        size = resized(image.size, images.resize)
-        if size[0] * size[1] > images.max_pixels:
-            raise Drop("too-large", f"would be {size[0]}x{size[1]}, the most is {images.max_pixels} pixels")
-        if image.format == "JPEG":
-            return _check_jpeg(data, image, size)
-        if image.format == "PNG":
-            with open_image(data) as again:
-                again.verify()  # the checksums of all chunks, which decoding does not look at
-        still = image.format != "GIF" and getattr(image, "n_frames", 1) == 1
-        image.load()
-        turn = _orientation(image)
-        plain = image.mode in ("RGB", "L") and not image.has_transparency_data and not (image.format == "PNG" and data[24] != 8)
-        if image.format in _EXTENSIONS and plain and still and turn is None and size == image.size:
-            return Checked(data, _EXTENSIONS[str(image.format)], *image.size)
-        return _encode(_finish(_to_rgb(image), size, turn), "png")
+        width, height = Change.of(image.size, images.resize).scaled
+        if width * height > images.max_pixels:
+            raise Drop("too-large", f"would be {width}x{height}, the most is {images.max_pixels} pixels")
+        return _check_jpeg(data, image, images) if image.format == "JPEG" else _check_other(data, image, images)
 
 
-def _check_jpeg(data: bytes, image: Image.Image, size: tuple[int, int]) -> Checked:
-    turn = _orientation(image)
-    pixels = _decode_jpeg(data, image, size) if image.mode in ("RGB", "L") else None
-    if pixels is not None and turn is None and size == image.size:
-        return Checked(data, "jpg", *image.size)
-    return _encode(_finish(_to_rgb(image if pixels is None else Image.fromarray(pixels)), size, turn), "jpg")
+def _check_jpeg(data: bytes, image: Image.Image, images: ShardImages) -> Checked:
+    if (scans := data.count(b"\xff\xda")) > _SCANS:
+        raise Drop("corrupt", f"it has {scans} scans, the most is {_SCANS}")
+    change = Change.of(image.size, images.resize, _orientation(image))
+    is_plain = image.mode in ("RGB", "L")
+    if is_plain and change.is_none:
+        is_kept = (images.check == "ends" and ends.jpeg_ends(data)) or pixels.is_whole_jpeg(data, image.size)
+        if is_kept:
+            return Checked(data, "jpg", *image.size)
+    decoded = pixels.decode_jpeg(data, image.size, change.scaled) if is_plain else None
+    made = change.apply(pixels.to_rgb(image) if decoded is None else decoded)
+    return Checked(pixels.encode_jpeg(made, images.quality, images.subsampling), "jpg", made.shape[1], made.shape[0])
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, size: tuple[int, int]) -> np.ndarray | None:
-    """Pixels at full size, or at 1/2, 1/4 or 1/8 where that is at least twice `size`; None where only Pillow can read it."""
-    width, height = image.size
-    factor = next((f for f in (8, 4, 2) if width >= 2 * f * size[0] and height >= 2 * f * size[1]), 1)
-    least = {} if factor == 1 else {"min_width": -(-width // factor), "min_height": -(-height // factor)}
-    try:
-        pixels = simplejpeg.decode_jpeg(data, colorspace="gray" if image.mode == "L" else "rgb", **least)
-    except ValueError as e:
-        if is_damage(e):
-            raise Drop("corrupt", describe_error(e)) from e
-        return None
-    return pixels[..., 0] if image.mode == "L" else pixels
-
-
-def is_damage(error: ValueError) -> bool:
-    """Whether what libjpeg complains of means that pixels are missing."""
-    return any(words in str(error).lower() for words in _DAMAGE)
+def _check_other(data: bytes, image: Image.Image, images: ShardImages) -> Checked:
+    kind = str(image.format)
+    is_plain = kind in _EXTENSIONS and image.mode in ("RGB", "L") and not image.has_transparency_data
+    is_plain = is_plain and getattr(image, "n_frames", 1) == 1 and not (kind == "PNG" and data[24] != 8)
+    if images.check == "ends" and is_plain and ends.ends(data, kind) and Change.of(image.size, images.resize, _orientation(image)).is_none:
+        return Checked(data, _EXTENSIONS[kind], *image.size)
+    if kind == "PNG":
+        with open_image(data) as again:
+            again.verify()  # the checksums of all chunks, which decoding does not look at
+    image.load()
+    change = Change.of(image.size, images.resize, _orientation(image))
+    if is_plain and change.is_none and not image.has_transparency_data:
+        return Checked(data, _EXTENSIONS[kind], *image.size)
+    made = change.apply(pixels.to_rgb(image))
+    return Checked(pixels.encode_png(made), "png", made.shape[1], made.shape[0])
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -157,63 +129,30 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def _check_bytes(count: int, images: ShardImages) -> None:
+    if not count:
+        raise Drop("empty", "the file has no bytes")
+    if count < images.min_bytes:
+        raise Drop("too-short", f"{count} bytes, the least is {images.min_bytes}")
+    if count > images.max_bytes:
+        raise Drop("too-long", f"{count} bytes, the most is {images.max_bytes}")
+
+
 def _check_size(size: tuple[int, int], images: ShardImages) -> None:
+    """The size as it is stored: none of these bounds changes as an image is turned upright."""
     width, height = size
     if width * height > images.max_pixels:
         raise Drop("too-large", f"{width}x{height}, the most is {images.max_pixels} pixels")
     if min(size) < images.min_pixels:
         raise Drop("too-small", f"{width}x{height}, the shorter side needs {images.min_pixels} pixels")
+    if images.max_aspect is not None and max(size) > images.max_aspect * min(size):
+        raise Drop("bad-aspect", f"{width}x{height}, the longer side may be {images.max_aspect:g} times the shorter")
 
 
-def resized(size: tuple[int, int], resize: Resize | None) -> tuple[int, int]:
-    """(width, height) after `resize`: the chosen side exact, the other rounded, never larger unless `enlarge`."""
-    if resize is None:
-        return size
-    side = min(size) if resize.side == "shorter" else max(size)
-    if side == resize.pixels or (side < resize.pixels and not resize.enlarge):
-        return size
-    width, height = (max(1, (n * resize.pixels + side // 2) // side) for n in size)
-    return width, height
-
-
-def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """How to turn the image upright. A damaged EXIF block says nothing about the pixels, so it counts as upright."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8. A damaged EXIF block says nothing about the pixels, so it counts as upright."""
     try:
-        return _UPRIGHT.get(image.getexif().get(0x0112, 1))
+        found = image.getexif().get(0x0112, 1)
     except BROKEN:
-        return None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("I", "F", "LAB"):
-        raise Drop("unsupported", f"pixels of kind {image.mode!r} have no agreed range of brightness")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(paper, image)
-    return image.convert("RGB")
-
-
-def _finish(image: Image.Image, size: tuple[int, int], turn: Image.Transpose | None) -> Image.Image:
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return image if turn is None else image.transpose(turn)
-
-
-def _encode(image: Image.Image, extension: str) -> Checked:
-    if extension == "jpg":
-        data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
-    else:
-        image.info.clear()  # the colour profile of the pixels as they were
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=6)
-        data = buffer.getvalue()
-    return Checked(data, extension, *image.size)
-
-
-def describe_error(error: BaseException) -> str:
-    """The error's own words, without memory addresses, which would differ from run to run."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip()[:200] or type(error).__name__
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1

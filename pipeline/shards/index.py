@@ -19,15 +19,16 @@ import pyarrow as pa
 import simplejpeg
 
 from pipeline.shards import images, samples
+from pipeline.shards.duplicates.phash import PHASH, perceptual_hash
 from pipeline.shards.images import Dropped
 from pipeline.shards.manifest import INDEX_SCHEMA
 from pipeline.shards.samples import printable
 from pipeline.shards.tars import End, Member, Tape, Walk
+from pipeline.shards.text import LONGEST
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes, in any case; of several in one sample the first is its image
 _USED = frozenset({*IMAGES, "cls", "json", "txt"})
 _HELD = 1 << 24  # bytes of an image held at once; its header lies far before
-_LONGEST = 1 << 28  # bytes of a caption, a label or a json
 _LARGEST = 2**31 - 1  # pixels a side
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset passes over these
@@ -41,6 +42,7 @@ class _Part:
     length: int
     value: Any = None
     sha256: str = ""
+    phash: int | None = None
 
 
 @dataclass
@@ -58,9 +60,10 @@ class _Group:
         return _USED & self.parts.keys()
 
 
-def index_schema(columns: Sequence[str] = ()) -> pa.Schema:
-    """`INDEX_SCHEMA`, and a float64 for each number taken from the samples' json, marked as such."""
-    return pa.schema([*INDEX_SCHEMA, *(pa.field(name, pa.float64(), metadata={"from": "json"}) for name in columns)])
+def index_schema(columns: Sequence[str] = (), hashed: bool = False) -> pa.Schema:
+    """`INDEX_SCHEMA`, with perceptual hashes where it is `hashed`, and a float64 for each number taken from the samples' json, marked."""
+    taken = [pa.field(name, pa.float64(), metadata={"from": "json"}) for name in columns]
+    return pa.schema([*INDEX_SCHEMA, *([pa.field(PHASH, pa.uint64())] if hashed else []), *taken])
 
 
 def json_columns(schema: pa.Schema) -> list[str]:
@@ -77,12 +80,13 @@ class TarIndex:
     """Rows of the tars read into it, by key, in the order of their bytes.
 
     `labels`: how many classes there are, None for any number. `columns`: numbers to take from the samples' json; null
-    where there is none. `dropped`: (key, reason) of samples without a row; `ignored`: files that belong to no sample.
+    where there is none. `hashed`: whether rows have perceptual hashes, for which images are decoded.
+    `dropped`: (key, reason) of samples without a row; `ignored`: files that belong to no sample.
     Reasons beside those of `make_sample`: no-image, not-a-file, duplicate-key, scattered, and those of a tar that is cut.
     """
 
-    def __init__(self, labels: int | None = None, columns: Sequence[str] = ()) -> None:
-        self._labels, self._columns = labels or samples.MOST_LABELS, columns
+    def __init__(self, labels: int | None = None, columns: Sequence[str] = (), hashed: bool = False) -> None:
+        self._labels, self._columns, self._hashed = labels or samples.MOST_LABELS, columns, hashed
         self._found: dict[str, tuple[frozenset[str], dict[str, Any] | Dropped]] = {}  # key -> the members used, its row
         self._others: list[tuple[str, Dropped]] = []
         self.ignored = 0
@@ -134,12 +138,13 @@ class TarIndex:
             return _Part(-1, -1, Dropped("not-a-file", f"{printable(info.name)} is {how}"))
         part = _Part(info.offset_data, size)
         if suffix in _USED:
-            data = tape.read(min(size, _HELD if suffix in IMAGES else _LONGEST))
+            data = tape.read(min(size, _HELD if suffix in IMAGES and not self._hashed else LONGEST))
             if suffix in IMAGES:
                 digest = hashlib.sha256(data)
                 tape.skip(size - len(data), digest)
                 part.sha256, part.value = digest.hexdigest(), image_size(data)
-            elif size > _LONGEST:
+                part.phash = perceptual_hash(data) if self._hashed and size <= LONGEST else None
+            elif size > LONGEST:
                 part.value = Dropped(f"bad-{suffix}", f"{printable(info.name)} has {size} bytes")
             else:
                 part.value = self._side(suffix, printable(info.name), data)
@@ -199,7 +204,8 @@ class TarIndex:
             row |= {f"{name}_offset": part.offset, f"{name}_length": part.length}
         width, height = image.value
         row |= {"cls": -1 if label is absent else label.value, "width": width, "height": height, "crc32": group.crc}
-        return row | {"sha256": image.sha256} | (meta.value or dict.fromkeys(self._columns))
+        row |= {"sha256": image.sha256} | ({PHASH: image.phash} if self._hashed else {})
+        return row | (meta.value or dict.fromkeys(self._columns))
 
 
 def image_size(data: bytes) -> tuple[int, int] | Dropped:

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.config import Config, fingerprint
-from pipeline.config.shard import Shard, ShardImages
+from pipeline.config.shard import Shard
 from pipeline.core import progress
 from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
 from pipeline.shards.images import Dropped
 from pipeline.shards.layout import PlannedShard, plan_shards
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
-from pipeline.shards.samples import Sample, printable, read_samples
+from pipeline.shards.samples import Recipe, Sample, printable, read_samples
 from pipeline.shards.sources import FolderSource, Listing, open_source
 from pipeline.shards.writer import WrittenShard, write_shard
 
@@ -68,16 +68,16 @@ def find_made(shard: Shard, directory: Storage) -> Manifest | None:
 
 def dataset_fingerprint(shard: Shard) -> str:
     """Of what decides the bytes; where the images come from and how many workers read them does not."""
-    decides = shard.model_dump(mode="json", include={"images", "splits", "size"})
+    decides = shard.model_dump(mode="json", include={"images", "text", "filter", "splits", "size"})
     return fingerprint({**decides, "source": {"format": shard.source.format, "columns": shard.source.columns}})
 
 
-def write_planned(planned: PlannedShard, source: FolderSource, images: ShardImages, classes: list[str], directory: Storage) -> ShardResult:
+def write_planned(planned: PlannedShard, source: FolderSource, recipe: Recipe, classes: list[str], directory: Storage) -> ShardResult:
     """Read, check and write the samples of one shard (the body of a Ray task)."""
     drops: list[dict[str, str]] = []
 
     def good() -> Iterator[Sample]:
-        for item, sample in read_samples(source, planned.samples, images, classes):
+        for item, sample in read_samples(source, planned.samples, recipe, classes):
             if isinstance(sample, Dropped):
                 drops.append({"file": printable(item.path), "reason": sample.reason, "detail": sample.detail})
             else:
@@ -85,14 +85,14 @@ def write_planned(planned: PlannedShard, source: FolderSource, images: ShardImag
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise
-        written = write_shard(directory, planned.name, planned.split, good())
+        written = write_shard(directory, planned.name, planned.split, good(), recipe.images.hash)
     drops.sort(key=lambda d: d["file"])
     return ShardResult(written, dict(Counter(d["reason"] for d in drops)), drops[:NAMED])
 
 
 def _write_all(shard: Shard, source: FolderSource, listing: Listing, planned: list[PlannedShard], directory: Storage) -> list[ShardResult]:
     """Results in no particular order."""
-    jobs, shared = [(len(p.samples), (p,)) for p in planned], (source, shard.images, listing.classes, directory)
+    jobs, shared = [(len(p.samples), (p,)) for p in planned], (source, Recipe.of(shard), listing.classes, directory)
     results, dropped = list[ShardResult](), Counter[str]()
     from pipeline.shards.tasks import run_tasks  # Ray comes with it, of which a plan has no need
 
@@ -106,7 +106,7 @@ def _clear(directory: Storage) -> None:
     """Remove what an unfinished or different dataset left, its manifest first, and find out whether we may write here."""
     directory.remove("manifest.json")
     for name in directory.names():
-        if name.endswith((".tar", ".index.parquet")) or name == "shards.parquet" or name.startswith(".tmp-"):
+        if name.endswith((".tar", ".index.parquet")) or name in ("shards.parquet", "deny") or name.startswith(".tmp-"):
             directory.remove(name)
     directory.check_writable()
 
@@ -137,7 +137,7 @@ def _summarise(shard: Shard, listing: Listing, results: list[ShardResult]) -> tu
         bytes=sum(s.bytes for s in shards),
         read=len(listing.items),
         written=sum(splits.values()),
-        decoded=True,
+        decoded=shard.images.check == "decode",
         ignored=listing.ignored,
         dropped=dict(sorted(dropped.items())),
         dropped_samples=named[:NAMED],

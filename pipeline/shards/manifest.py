@@ -73,8 +73,13 @@ class Manifest:
 
 def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     """Parquet with nothing in it that changes from run to run."""
+    return encode_index(pa.Table.from_pylist(rows, schema=schema))
+
+
+def encode_index(index: pa.Table) -> bytes:
+    """The same for rows that are columns already."""
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    pq.write_table(index.combine_chunks().replace_schema_metadata(None), sink, compression="zstd")
     return sink.getvalue()
 
 

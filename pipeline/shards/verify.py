@@ -21,6 +21,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.progress import Progress
 from pipeline.core.storage import Storage
 from pipeline.shards import table
+from pipeline.shards.duplicates.phash import PHASH
 from pipeline.shards.index import TarIndex, json_columns
 from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, ShardTable, dataset_hash, read_manifest
 from pipeline.shards.tars import End, Tape, read_blocks
@@ -82,7 +83,7 @@ def _check_shard(directory: Storage, record: ShardRecord, labels: int | None, pa
     except DataError as e:
         index = str(e)
     said = [] if isinstance(index, str) else index.to_pylist()
-    made = TarIndex(labels, [] if isinstance(index, str) else json_columns(index.schema))
+    made = TarIndex(labels, *(((), False) if isinstance(index, str) else (json_columns(index.schema), PHASH in index.column_names)))
     tape = Tape(_counted(read_blocks(directory, record.name), passed))
     try:
         ends, doubtful = _read_past_damage(tape, made, [row["offset"] for row in said])

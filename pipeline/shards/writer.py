@@ -14,8 +14,8 @@ from webdataset import TarWriter
 
 from pipeline.core.errors import StorageError
 from pipeline.core.storage import Storage
-from pipeline.shards.index import TarIndex, smallest
-from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, table_bytes
+from pipeline.shards.index import TarIndex, index_schema, smallest
+from pipeline.shards.manifest import ShardRecord, table_bytes
 from pipeline.shards.samples import Sample
 from pipeline.shards.tars import Tape
 
@@ -31,8 +31,9 @@ class WrittenShard:
     largest_label: int
 
 
-def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sample]) -> WrittenShard | None:
-    """Publish `name` and its index in `directory`; without samples nothing is written and None is returned.
+def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sample], hashed: bool = False) -> WrittenShard | None:
+    """Publish `name` and its index in `directory`, with perceptual hashes where it is to be `hashed`; without samples nothing is written
+    and None is returned.
 
     Raises:
         StorageError: `directory`, or the machine's temporary directory, cannot take it.
@@ -47,10 +48,10 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
             raise
         if not keys:
             return None
-        rows, digest = _read_back(tar, keys)
+        rows, digest = _read_back(tar, keys, hashed)
         directory.put(tar, name)
         record = ShardRecord(name, split, len(rows), tar.stat().st_size, digest)
-    directory.write(record.index_name, table_bytes(rows, INDEX_SCHEMA))
+    directory.write(record.index_name, table_bytes(rows, index_schema(hashed=hashed)))
     return WrittenShard(record, smallest(rows), max(row["cls"] for row in rows))
 
 
@@ -64,9 +65,9 @@ def _write_tar(path: Path, samples: Iterable[Sample]) -> list[str]:
     return keys
 
 
-def _read_back(path: Path, written: list[str]) -> tuple[list[dict[str, Any]], str]:
-    """(rows of `INDEX_SCHEMA`, sha256 of the tar), from the bytes as they lie on disk; `written` are the keys of its samples."""
-    index = TarIndex()
+def _read_back(path: Path, written: list[str], hashed: bool) -> tuple[list[dict[str, Any]], str]:
+    """(rows of the index, sha256 of the tar), from the bytes as they lie on disk; `written` are the keys of its samples."""
+    index = TarIndex(hashed=hashed)
     with path.open("rb") as file:
         tape = Tape(iter(partial(file.read, _BLOCK), b""))
         end = index.read(tape)

@@ -102,7 +102,9 @@ def open_collection(
     """Raises as `open_dataset`; ConfigError for a part without a URL."""
     if missing := [i for i, p in enumerate(parts) if p.url is None]:
         raise ConfigError(f"data.{missing[0]}.url: is missing; a config without it can be planned (--plan), to run it name your dataset")
-    datasets = [open_dataset(str(p.url), split, endpoint, deny=p.deny, where=p.where, block=block, cache=cache) for p in parts]
+    datasets = [
+        open_dataset(str(p.url), split, endpoint, deny=p.deny, own_deny=p.own_deny, where=p.where, block=block, cache=cache) for p in parts
+    ]
     return Collection(datasets, list(parts))
 
 

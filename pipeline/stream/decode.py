@@ -15,7 +15,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from pipeline.shards.images import is_damage
+from pipeline.shards.pixels import is_damage
+from pipeline.shards.resample import resize_into as resize_into
 
 _BROKEN = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files, beside ValueError
 _OTHERS = ("PNG", "WEBP")  # what shards hold beside JPEG
@@ -65,18 +66,6 @@ def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     out = torch.empty(height, width, 3, dtype=torch.uint8)
     resize_into(image, out)
     return out
-
-
-def resize_into(image: torch.Tensor, out: torch.Tensor) -> None:
-    """`resize` to the size of `out` (h, w, 3), which is filled."""
-    height, width = out.size(0), out.size(1)
-    if image.size(0) == height and image.size(1) == width:
-        out.numpy()[:] = image.numpy()
-        return
-    # What F.interpolate calls. Written where it belongs, in the order it has there, it takes half the time.
-    torch.ops.aten._upsample_bicubic2d_aa.out(
-        image.permute(2, 0, 1).unsqueeze(0), [height, width], False, None, None, out=out.permute(2, 0, 1).unsqueeze(0)
-    )
 
 
 def evaluation_view(image: torch.Tensor, pixels: int) -> torch.Tensor:

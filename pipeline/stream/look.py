@@ -91,9 +91,9 @@ def _read_index(directory: Storage, record: ShardRecord, columns: Sequence[str])
 
 
 def open_split(url: str, split: str | None, endpoint: str | None) -> Dataset:
-    """One split, by default train or the first there is, read a sample at a time; raises as `open_dataset`."""
+    """One split, by default train or the first there is, read a sample at a time, those on its deny-lists too; raises as `open_dataset`."""
     splits = sorted(read_manifest(Storage(re.sub(r"@\d+$", "", url), endpoint)).splits)
-    return open_dataset(url, split or ("train" if "train" in splits or not splits else splits[0]), endpoint, block=1)
+    return open_dataset(url, split or ("train" if "train" in splits or not splits else splits[0]), endpoint, own_deny=False, block=1)
 
 
 # Counts

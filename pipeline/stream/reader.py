@@ -29,6 +29,7 @@ from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest, read_manifest
 from pipeline.shards.table import ShardRecord, ShardTable
 from pipeline.stream.cache import Cache
+from pipeline.stream.deny import lists_of
 from pipeline.stream.index import COLUMNS, Index, Sample
 from pipeline.stream.ledger import BadSample
 from pipeline.stream.order import WINDOW
@@ -51,7 +52,8 @@ class _File:
 
 
 class Dataset:
-    """One split of a dataset, `len(dataset)` samples numbered in shard order. Safe to read from several threads.
+    """One split of a dataset, `len(dataset)` samples numbered in shard order, less those that the lists at `deny` name, and with
+    `own_deny` those in its own directory, and what is out of the bounds `where`. Safe to read from several threads.
 
     Raises:
         DataError: no such split, or a deny-list is missing, or nothing is left. ConfigError: a bound on an unknown column.
@@ -63,6 +65,7 @@ class Dataset:
         split: str,
         *,
         deny: Sequence[str] = (),
+        own_deny: bool = True,
         where: Mapping[str, Bound] | None = None,
         block: int | None = None,
         cache: CacheSection | None = None,
@@ -84,8 +87,8 @@ class Dataset:
         self._file = lru_cache(maxsize=_OPEN)(lambda shard: _File(Path(directory.path) / self.shards[shard].name))
         self.view, self._selection = f"{self.manifest.hash}/{split}", None
         self.sizes = self.shards.samples
-        if deny or where:
-            rule = Rule(deny, where or {}, directory.endpoint)
+        lists = lists_of(directory, deny, self.manifest.version if own_deny else None)
+        if (lists or where) and (rule := Rule(lists, where or {}, self.cache)):
             self.view = f"{self.view}/{rule.hash}"
             names = _Names(self.shards)
             self._selection = select(rule, f"{self.view}/{self.manifest.config}", names, self._sound_index, self.cache)
@@ -145,9 +148,8 @@ class Dataset:
             if zlib.crc32(data) == index.crc32[row]:
                 return index.sample(row, data)
         name, key, length = self.shards[shard].name, index.keys[row].as_py(), int(index.length[row])
-        if len(data) < length:
-            raise BadSample(name, key, "truncated", f"{len(data)} of {length} bytes")
-        raise BadSample(name, key, "checksum", "its crc32 differs")
+        short = len(data) < length
+        raise BadSample(name, key, *(("truncated", f"{len(data)} of {length} bytes") if short else ("checksum", "its crc32 differs")))
 
     def key_of(self, number: int) -> str:
         """Raises BadSample where the shard's index is gone."""
@@ -219,20 +221,19 @@ class Dataset:
     def _index_table(self, shard: int, columns: Sequence[str] | None) -> pa.Table:
         """Those of `columns` that it has, or all."""
         record = self.shards[shard]
-        try:
+        for is_last in (self.directory.is_local, True):
             try:
                 file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
-            except (pa.ArrowInvalid, OSError):
-                if self.directory.is_local:
-                    raise
-                self.cache.drop(self._index_part(record))  # the fault may be the cache's
-                file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
-            there = file.schema_arrow.names
-            return file.read(columns=[c for c in columns if c in there] if columns else None, use_threads=False)
-        except FileNotFoundError as e:
-            raise _LostIndex("missing", f"{record.index_name} is not there") from e
-        except (pa.ArrowInvalid, OSError) as e:
-            raise _LostIndex("index", f"{record.index_name} is no Parquet ({e})") from e
+                there = file.schema_arrow.names
+                if is_last or set(columns or ()) <= set(there):
+                    return file.read(columns=[c for c in columns if c in there] if columns else None, use_threads=False)
+            except FileNotFoundError as e:
+                raise _LostIndex("missing", f"{record.index_name} is not there") from e
+            except (pa.ArrowInvalid, OSError) as e:
+                if is_last:
+                    raise _LostIndex("index", f"{record.index_name} is no Parquet ({e})") from e
+            self.cache.drop(self._index_part(record))  # it may be damaged there, or older than a column
+        raise AssertionError
 
     def _sound_index(self, shard: int, columns: Sequence[str] | None) -> pa.Table:
         """Raises DataError where it cannot be read."""
@@ -280,18 +281,21 @@ def open_dataset(
     endpoint: str | None = None,
     *,
     deny: Sequence[str] = (),
+    own_deny: bool = True,
     where: Mapping[str, Bound] | None = None,
     block: int | None = None,
     cache: CacheSection | None = None,
 ) -> Dataset:
-    """The split `split` of the dataset at `url` (`URL` or `URL@version`), less what `deny` and `where` leave out.
+    """The split `split` of the dataset at `url` (`URL` or `URL@version`), less what `deny`, its own lists and `where` leave out.
 
     Raises:
         DataError: no dataset there, no such split or version, or a damaged one.
     """
     base, at, version = url.rpartition("@")
     has_version = bool(at) and version.isdigit()
-    dataset = Dataset(Storage(base if has_version else url, endpoint), split, deny=deny, where=where, block=block, cache=cache)
+    dataset = Dataset(
+        Storage(base if has_version else url, endpoint), split, deny=deny, own_deny=own_deny, where=where, block=block, cache=cache
+    )
     if has_version and int(version) != dataset.manifest.version:
         raise DataError(f"data {url}: there is no version {version} (allowed: {dataset.manifest.version})")
     return dataset

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import html
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import click
-import ftfy
 import numpy as np
 import tokenizers
 import torch
@@ -28,6 +26,7 @@ from pipeline.core.command import exit_codes
 from pipeline.core.errors import DataError, UserError
 from pipeline.core.files import read_checked, split_file
 from pipeline.core.progress import Progress, say
+from pipeline.shards.text import mend
 from pipeline.stream.reader import open_dataset
 
 # Captions are tokenized by the loader's threads, which are parallel enough; said aloud, it also keeps forks quiet.
@@ -44,9 +43,7 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 def clean(text: str) -> str:
     """As CLIP's basic_clean and whitespace_clean: mended, HTML entities resolved twice, single spaces, lower case."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # else ftfy, 30 us a caption, changes nothing
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text.strip()).lower()
+    return re.sub(r"\s+", " ", mend(text).strip()).lower()
 
 
 class Tokenizer:

@@ -8,12 +8,12 @@ read again piece by piece, so that the rows left out of a million shards need no
 from __future__ import annotations
 
 import hashlib
-import io
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config import fingerprint
 from pipeline.config.data import Bound
-from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.files import read_checked
+from pipeline.core.errors import ConfigError
 from pipeline.core.progress import Progress
 from pipeline.stream.cache import Cache
+from pipeline.stream.deny import DenyList, Keys
 
 _GROUP = 1024  # shards a row group, and so in memory at once
 _READERS = 8
@@ -35,27 +35,30 @@ ReadIndex = Callable[[int, Sequence[str] | None], pa.Table]  # (shard, columns; 
 
 
 class Rule:
-    """The keys and bounds that decide over a sample."""
+    """The lists of keys and the bounds that decide over a sample."""
 
-    def __init__(self, deny: Sequence[str], where: Mapping[str, Bound], endpoint: str | None = None) -> None:
-        """Raises DataError where a list cannot be read."""
-        digests, keys = [], set[str]()
-        for url in deny:
-            try:
-                data = read_checked(url, endpoint=endpoint)
-            except DataError as e:
-                raise DataError(f"data.deny: {e}") from e
-            digests.append(hashlib.sha256(data).hexdigest())
-            keys.update(_keys_of(data, url))
-        self.keys, self.where = frozenset(keys), dict(where)
+    def __init__(self, lists: Sequence[DenyList], where: Mapping[str, Bound], cache: Cache) -> None:
+        """Lists without keys, and those of the same bytes as another, decide nothing. Raises DataError where a list cannot be read."""
+        digests = {listed.digest(cache): listed for listed in lists}
+        self.lists = {digest: listed for digest, listed in digests.items() if digest is not None}
+        self.where = dict(where)
         bounds = {column: bound.model_dump() for column, bound in self.where.items()}
-        self.hash = fingerprint({"deny": sorted(digests), "where": bounds})
+        self.hash = fingerprint({"deny": sorted(self.lists), "where": bounds})
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to decide."""
+        return bool(self.lists or self.where)
+
+    @cached_property
+    def denied(self) -> Keys:
+        """The keys of all lists. Raises DataError where one cannot be read."""
+        return Keys(chain.from_iterable(listed.keys() for listed in self.lists.values()))
 
     def left_out(self, index: pa.Table, name: str) -> np.ndarray:
         """Rows of an index that go, int32, ascending. Raises ConfigError for a column that is not there or holds no numbers."""
         go = np.zeros(len(index), dtype=bool)
-        if self.keys:
-            go |= np.fromiter((key in self.keys for key in index["key"].to_pylist()), bool, len(index))
+        if self.lists:
+            go |= self.denied.holds(index["key"])
         for column, bound in self.where.items():
             if column not in index.column_names or not (
                 pa.types.is_floating(index.schema.field(column).type) or pa.types.is_integer(index.schema.field(column).type)
@@ -112,7 +115,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write(path: Path, rule: Rule, shards: Sequence[str], read: ReadIndex) -> None:
-    columns = [*(["key"] if rule.keys else []), *rule.where]
+    columns = [*(["key"] if rule.lists else []), *rule.where]
+    if rule.lists:
+        _ = rule.denied  # read once, before there are several threads
 
     def one(shard: int) -> tuple[int, np.ndarray]:
         index = read(shard, columns)
@@ -141,15 +146,3 @@ def _groups(count: int) -> Iterator[range]:
 def numeric(schema: pa.Schema) -> list[str]:
     """Columns that bounds can be put on."""
     return [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
-
-
-def _keys_of(data: bytes, url: str) -> Iterable[str]:
-    if data[:4] == b"PAR1":
-        table = pq.read_table(io.BytesIO(data))
-        if "key" not in table.column_names:
-            raise DataError(f"data.deny: {url} has no column 'key' (there: {', '.join(table.column_names)})")
-        return [str(key) for key in table["key"].to_pylist()]
-    try:
-        return [line.strip() for line in data.decode().splitlines() if line.strip()]
-    except UnicodeDecodeError as e:
-        raise DataError(f"data.deny: {url} is neither Parquet nor UTF-8 text ({e})") from e

@@ -118,7 +118,10 @@ def _load(engine: Engine, checkpoints: Checkpoints, commit: Commit, view: str, w
     """Fetch, verify and load; all ranks raise `_Damaged` together where one of them finds damage."""
     at = f"{where}: checkpoint {checkpoints.directory.url}/step-{commit.step}"
     if commit.view != view:
-        raise CheckpointError(f"{at} was trained on other data ({commit.view[:12]}..) than the dataset there now ({view[:12]}..)")
+        raise CheckpointError(
+            f"{at} was trained on other data ({commit.view[:12]}..) than the dataset there now ({view[:12]}..); where a deny-list came "
+            "since, go on without it (data.own_deny, data.deny), or start a new run from this checkpoint (pretrain.start, load: weights)"
+        )
 
     def fetch() -> tuple[list[Index], dict[str, Any], list[Row]]:
         history = [json.loads(line) for line in checkpoints.fetch(commit, HISTORY).splitlines()]

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config.shard import ShardImages
 from pipeline.core.errors import DataError
 from pipeline.shards.images import Dropped
 from pipeline.shards.layout import sample_key
-from pipeline.shards.samples import Files, Sample, make_sample, read_samples
+from pipeline.shards.samples import Files, Recipe, Sample, make_sample, read_samples
 from pipeline.shards.sources import FolderSource, Item
 
 
@@ -23,7 +22,7 @@ def png(photo: Callable[..., Image.Image], encoded: Callable[..., bytes]) -> byt
 def make(png: bytes, path: str = "a.png", ids: dict[str, int] | None = None, **side: bytes) -> Sample | Dropped:
     folder = path.partition("/")[0] if "/" in path else None
     item = Item(path, len(png), folder, {suffix: f"a.{suffix}" for suffix in side})
-    return make_sample("k", item, Files(png, side), ShardImages(), ids or {})
+    return make_sample("k", item, Files(png, side), Recipe(), ids or {})
 
 
 def test_members(png: bytes) -> None:
@@ -65,12 +64,12 @@ def test_a_vanished_file_is_unreadable_but_a_vanished_folder_is_an_error(tmp_pat
     (tmp_path / "in" / "b.png").write_bytes(png)
     samples = [(sample_key(p), Item(p, 1)) for p in ("a.png", "b.png")]
     source = FolderSource(str(tmp_path / "in"))
-    (_, first), (_, second) = read_samples(source, samples, ShardImages(), [])
+    (_, first), (_, second) = read_samples(source, samples, Recipe(), [])
     assert first == Dropped("unreadable", "the file vanished after it was listed")
     assert isinstance(second, Sample)
     (tmp_path / "in").rename(tmp_path / "out")
     with pytest.raises(DataError, match="no longer there"):
-        list(read_samples(source, samples, ShardImages(), []))
+        list(read_samples(source, samples, Recipe(), []))
 
 
 def test_names_that_are_not_utf8(tmp_path: Path, png: bytes) -> None:
@@ -79,6 +78,6 @@ def test_names_that_are_not_utf8(tmp_path: Path, png: bytes) -> None:
     with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
         file.write(png)
     listing = FolderSource(str(tmp_path)).scan()
-    ((_, sample),) = read_samples(FolderSource(str(tmp_path)), [(sample_key(i.path), i) for i in listing.items], ShardImages(), [])
+    ((_, sample),) = read_samples(FolderSource(str(tmp_path)), [(sample_key(i.path), i) for i in listing.items], Recipe(), [])
     assert isinstance(sample, Sample)
     assert json.loads(sample.meta) == {"source": "caf\ufffd.png"}
