@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.core.units import format_bytes
 from pipeline.report.distribution import draw_distribution, ratio_text
 from pipeline.report.plots import Plot
-from pipeline.shards.denied import DenyList, list_denied
+from pipeline.shards.denied import Contaminated, Denied, list_denied
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.statistics import Quantity, Statistics, find_statistics, spread
 from pipeline.stream import open_dataset
@@ -21,6 +21,7 @@ from pipeline.stream.sheet import Card, cards
 from pipeline.stream.tell import shortened
 
 SAMPLES = 24
+NAMED = 12  # dropped images
 _TEXT = 160  # letters of a caption
 
 
@@ -50,14 +51,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Described:
-    """A dataset for the page. `dropped` is (reason, images, share of all that were dropped), the most first."""
+    """A dataset for the page. `dropped` is (reason, images), the most first; `named` are some of them, of each reason."""
 
     manifest: Manifest
-    dropped: list[tuple[str, int, float]]
+    dropped: list[tuple[str, int]]
+    named: list[dict[str, str]]
     statistics: Statistics | None
     plots: list[Plot]
     measured: list[Measured]
-    denied: list[DenyList]
+    denied: list[Denied]
+    contaminated: list[Contaminated]
     samples: list[Sampled]
     split: str
 
@@ -71,18 +74,28 @@ def describe_dataset(url: str, split: str, endpoint: str | None, salt: str = "")
     dataset = open_dataset(url, split, endpoint)
     manifest, directory = dataset.manifest, dataset.directory
     statistics = find_statistics(directory, manifest)
-    dropped, total = sorted(manifest.dropped.items(), key=lambda d: (-d[1], d[0])), sum(manifest.dropped.values())
+    dropped = sorted(manifest.dropped.items(), key=lambda d: (-d[1], d[0]))
+    denied, contaminated = list_denied(directory, manifest.version)
     chosen = spread(len(dataset), SAMPLES)
     return Described(
         manifest=manifest,
-        dropped=[(reason, count, count / total) for reason, count in dropped],
+        dropped=dropped,
+        named=_in_turn(manifest.dropped_samples, [reason for reason, _ in dropped]),
         statistics=statistics,
         plots=draw_distribution(statistics, manifest.classes, salt) if statistics else [],
         measured=_measured(statistics) if statistics else [],
-        denied=list_denied(directory),
+        denied=denied,
+        contaminated=contaminated,
         samples=[_sampled(card) for card in cards([(dataset, n, "") for n in chosen])],
         split=split,
     )
+
+
+def _in_turn(samples: list[dict[str, str]], reasons: list[str]) -> list[dict[str, str]]:
+    """The first of each reason, then the second ones, up to `NAMED`; in the order of `reasons`."""
+    of = {reason: [s for s in samples if s["reason"] == reason][:NAMED] for reason in reasons}
+    turns = [(turn, place) for turn in range(NAMED) for place, reason in enumerate(reasons) if turn < len(of[reason])][:NAMED]
+    return [of[reasons[place]][turn] for place, turn in sorted((place, turn) for turn, place in turns)]
 
 
 def _measured(statistics: Statistics) -> list[Measured]:

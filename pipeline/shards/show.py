@@ -20,8 +20,8 @@ _VERSION = re.compile(r"manifest-v(\d+)\.json")
 
 
 def describe(directory: Storage) -> dict[str, Any]:
-    """The manifest's fields; `versions` that can be read; `deny`, samples by list; `statistics`, which are gathered where they do not lie
-    there, and not written.
+    """The manifest's fields; `versions` that can be read; `deny`, samples by list; `contamination`, a row a split of each evaluation set;
+    `statistics`, which are gathered where they do not lie there, and not written.
 
     Raises:
         DataError: there is no dataset, or it is damaged.
@@ -29,11 +29,13 @@ def describe(directory: Storage) -> dict[str, Any]:
     manifest = read_manifest(directory)
     statistics = find_statistics(directory, manifest) or gather_statistics(directory, manifest)
     numbers = {int(match[1]) for name in directory.names() if (match := _VERSION.fullmatch(name))}
+    denied, contaminated = list_denied(directory, manifest.version)
     return {
         "url": directory.url,
         **asdict(manifest) | {"source": redact(manifest.source)},
         "versions": sorted(numbers | {manifest.version}),
-        "deny": {one.name: one.samples for one in list_denied(directory)},
+        "deny": {one.name: one.samples for one in denied},
+        "contamination": [asdict(one) for one in contaminated],
         "statistics": asdict(statistics),
     }
 
@@ -55,6 +57,7 @@ def text_of(found: Mapping[str, Any]) -> str:
         *((f"  {reason}", _share(count, found["read"])) for reason, count in _most_first(found["dropped"])),
         *([("ignored", f"{found['ignored']:,} files that are no images")] if found["ignored"] else []),
         *((f"deny {name}", _share(count, written)) for name, count in found["deny"].items()),
+        *((f"  {c['split']} of {c['url']}", _share(c["exact"] + c["near"], c["images"])) for c in found["contamination"]),
         ("", ""),
         ("counted", f"{statistics['samples']:,} samples of {statistics['read']:,} shards of {statistics['shards']:,}"),
         *_quantities(statistics),

@@ -1,8 +1,8 @@
 """How a finished dataset is distributed: sizes, shapes, captions, labels, scores; gathered from its indices alone.
 
-Kept beside the manifest as `statistics.json`, which names what it is of, so that a stale one is seen. Of more than
-`MOST_SHARDS` shards so many are looked at, evenly spread over their names: shards hold a random share each where the
-dataset was shuffled. Memory holds one histogram a quantity.
+Kept beside the manifest as `statistics.json` (of version n, `statistics-v<n>.json`), which names what it is of, so that a stale one
+is seen. Of more than `MOST_SHARDS` shards so many are looked at, evenly spread over their names: where a dataset was shuffled, each
+shard is a random share of it. Memory holds one histogram a quantity.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pipeline.core.errors import DataError
 from pipeline.core.progress import Progress
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
+from pipeline.shards.deny import name_for
 from pipeline.shards.histogram import Histogram
 from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardRecord, ShardTable
 
-FILE = "statistics.json"
 FORMAT = 1
 MOST_SHARDS = 4096  # whose indices are read: 20 million samples in shards of 5,000
 _READERS = 16
@@ -148,12 +148,17 @@ class _Shard:
         self.digest = self.digest or other.digest
 
 
+def file_of(manifest: Manifest) -> str:
+    """What the file is called, beside the manifest."""
+    return f"{name_for('statistics', manifest.version)}.json"
+
+
 def keep_statistics(directory: Storage, manifest: Manifest) -> Statistics:
     """Those of the dataset at `directory`: as they lie there, or gathered and written there. Raises as `gather_statistics`."""
     found = find_statistics(directory, manifest)
     if found is None:
         found = gather_statistics(directory, manifest)
-        directory.write(FILE, encode_statistics(found))
+        directory.write(file_of(manifest), encode_statistics(found))
     return found
 
 
@@ -169,7 +174,7 @@ def find_statistics(directory: Storage, manifest: Manifest) -> Statistics | None
         DataError: it is damaged.
     """
     try:
-        values = json.loads(directory.read(FILE))
+        values = json.loads(directory.read(file_of(manifest)))
         if (values["format"], values["dataset"]) != (FORMAT, manifest.hash):
             return None
         parts = {name: {k: Quantity(**v) for k, v in values[name].items()} for name in ("measures", "columns")}
@@ -177,7 +182,8 @@ def find_statistics(directory: Storage, manifest: Manifest) -> Statistics | None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(f"data {directory.url}/{FILE}: these are no statistics ({e!r}); once removed, they can be gathered anew") from e
+        where = f"data {directory.url}/{file_of(manifest)}"
+        raise DataError(f"{where}: these are no statistics ({e!r}); once removed, they can be gathered anew") from e
     return found if found.index == hashlib.sha256(_index_bytes(directory, ShardTable(directory)[0])).hexdigest() else None
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config import parse_config
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import read_manifest
-from pipeline.shards.statistics import FILE, find_statistics
+from pipeline.shards.statistics import find_statistics
 from pipeline.stages import run_stages
 
 
@@ -54,6 +54,6 @@ def test_a_run_that_only_shards_is_told_in_full(tmp_path: Path) -> None:
     [artifact] = client.list_artifacts(stage.info.run_id, "shard")
     assert json.loads(Path(client.download_artifacts(stage.info.run_id, artifact.path)).read_text())["dataset"] == manifest.hash
 
-    before = shards.read(FILE)
+    before = shards.read("statistics.json")
     run_stages(config, command="python launch/submit.py only.yaml")
-    assert shards.read(FILE) == before, "once is enough"
+    assert shards.read("statistics.json") == before, "once is enough"

@@ -19,12 +19,12 @@ from PIL import Image
 from pipeline.config import Config, parse_config
 from pipeline.core.storage import Storage
 from pipeline.report import build_joint_report, build_report
-from pipeline.report.dataset import describe_dataset
+from pipeline.report.dataset import _in_turn, describe_dataset
 from pipeline.report.distribution import draw_distribution, ratio_text
 from pipeline.report.view import Shown
 from pipeline.shards.job import make_dataset
 from pipeline.shards.manifest import Manifest, read_manifest, read_shards
-from pipeline.shards.statistics import FILE, Quantity, Statistics, keep_statistics
+from pipeline.shards.statistics import Quantity, Statistics, keep_statistics
 from tests.unit.report.test_report_page import COMMAND, read
 
 EVIL = "<script>alert('x')</script> a temple & <b>more</b>"
@@ -118,6 +118,14 @@ def test_the_ledger_is_told_by_reason(page: str, shards: Storage) -> None:
     assert all(sample["reason"] in page for sample in manifest.dropped_samples) and "cut.png" in page
 
 
+def test_every_reason_is_exemplified() -> None:
+    samples = [{"file": f"{n:03d}", "reason": "corrupt", "detail": ""} for n in range(50)]
+    samples += [{"file": name, "reason": reason, "detail": ""} for name, reason in (("x", "empty"), ("y", "bad-txt"), ("z", "empty"))]
+    named = _in_turn(samples, ["corrupt", "empty", "bad-txt", "named-nowhere"])
+    assert [s["reason"] for s in named] == ["corrupt"] * 9 + ["empty"] * 2 + ["bad-txt"]
+    assert [s["file"] for s in named] == [f"{n:03d}" for n in range(9)] + ["x", "z", "y"]
+
+
 def test_deny_lists_are_counted(page: str) -> None:
     assert {name: cells[0] for name, cells in rows_of(page, "On deny-lists").items()} == {"duplicates": "3", "takedown": "1"}
 
@@ -150,12 +158,12 @@ def test_several_runs_fit_in_one_page(config: Config, shards: Storage) -> None:
 
 
 def test_without_statistics_the_rest_is_there(config: Config, shards: Storage) -> None:
-    kept = shards.read(FILE)
-    shards.remove(FILE)
+    kept = shards.read("statistics.json")
+    shards.remove("statistics.json")
     try:
         bare = build_report(Storage(config.storage.url) / config.name, config, shards.url, COMMAND)
     finally:
-        shards.write(FILE, kept)
+        shards.write("statistics.json", kept)
     read(bare)
     assert ">Distribution<" not in bare and "34 read = 30 written" in bare
 
@@ -227,9 +235,9 @@ def test_shapes_are_spelt_as_ratios() -> None:
 def test_of_many_shards_the_page_says_how_many_were_looked_at(config: Config, shards: Storage) -> None:
     manifest: Manifest = read_manifest(shards)
     kept = keep_statistics(shards, manifest)
-    shards.write(FILE, json.dumps(asdict(replace(kept, shards=1_000_000, read=4096))).encode())
+    shards.write("statistics.json", json.dumps(asdict(replace(kept, shards=1_000_000, read=4096))).encode())
     try:
         page = build_report(Storage(config.storage.url) / config.name, config, shards.url, COMMAND)
     finally:
-        shards.write(FILE, json.dumps(asdict(kept)).encode())
+        shards.write("statistics.json", json.dumps(asdict(kept)).encode())
     assert "the 30 images of 4,096 shards, evenly spread over the 1,000,000 there are" in page

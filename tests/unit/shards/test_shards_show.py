@@ -14,7 +14,7 @@ from pipeline.core.storage import Storage
 from pipeline.shards.__main__ import main
 from pipeline.shards.manifest import Manifest, publish, read_manifest, read_shards
 from pipeline.shards.show import describe, text_of
-from pipeline.shards.statistics import FILE, keep_statistics
+from pipeline.shards.statistics import keep_statistics
 
 
 def deny(directory: Storage, name: str, count: int) -> None:
@@ -30,7 +30,7 @@ def test_everything_is_told(make_dataset: Callable[..., Manifest], store: Storag
     publish(store, records, manifest)
     deny(store, "duplicates", 31)
     found = describe(store)
-    assert not store.exists(FILE), "to look writes nothing"
+    assert not store.exists("statistics.json"), "to look writes nothing"
     assert found["deny"] == {"duplicates": 31} and found["versions"] == [1] and found["dropped"] == manifest.dropped
     lines = {line[:20].strip(): line for line in text_of(found).splitlines()}
     text = re.sub(" +", " ", text_of(found))
@@ -46,7 +46,7 @@ def test_everything_is_told(make_dataset: Callable[..., Manifest], store: Storag
 def test_statistics_that_lie_there_are_taken(make_dataset: Callable[..., Manifest], store: Storage) -> None:
     manifest = make_dataset(store, {"train": 5})
     kept = keep_statistics(store, manifest)
-    store.write(FILE, json.dumps({**json.loads(store.read(FILE)), "unlabelled": 77}).encode())
+    store.write("statistics.json", json.dumps({**json.loads(store.read("statistics.json")), "unlabelled": 77}).encode())
     assert describe(store)["statistics"]["unlabelled"] == 77 != kept.unlabelled
 
 

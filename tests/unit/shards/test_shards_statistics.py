@@ -16,7 +16,7 @@ from pipeline.core.storage import Storage
 from pipeline.shards.images import Checked
 from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardRecord, dataset_hash, publish, table_bytes
 from pipeline.shards.samples import Sample
-from pipeline.shards.statistics import FILE, MOST_SHARDS, find_statistics, gather_statistics, keep_statistics, spread
+from pipeline.shards.statistics import MOST_SHARDS, find_statistics, gather_statistics, keep_statistics, spread
 from pipeline.shards.writer import write_shard
 
 SIZES = [(8, 8), (300, 200), (200, 300), (1, 4000), (640, 480)]
@@ -101,10 +101,10 @@ def test_columns_of_scores_are_counted_and_hashes_are_not(pictures: list[bytes],
 def test_statistics_are_the_same_each_time_and_kept(pictures: list[bytes], store: Storage) -> None:
     manifest = publish_samples(store, [[sample(n + 9 * k, pictures[n % 5], "b" * n, 0) for n in range(9)] for k in range(5)], classes=1)
     found = keep_statistics(store, manifest)
-    written = store.read(FILE)
-    store.remove(FILE)
+    written = store.read("statistics.json")
+    store.remove("statistics.json")
     assert keep_statistics(store, manifest) == found == find_statistics(store, manifest)
-    assert store.read(FILE) == written and json.loads(written)["dataset"] == manifest.hash
+    assert store.read("statistics.json") == written and json.loads(written)["dataset"] == manifest.hash
 
 
 def test_those_of_another_dataset_are_seen_and_made_anew(pictures: list[bytes], directory: Storage) -> None:
@@ -116,10 +116,18 @@ def test_those_of_another_dataset_are_seen_and_made_anew(pictures: list[bytes], 
     assert keep_statistics(directory, grown).samples == 2
 
 
+def test_each_version_has_its_own(pictures: list[bytes], directory: Storage) -> None:
+    first = publish_samples(directory, [[sample(0, pictures[0], "a", 0)]], classes=1)
+    keep_statistics(directory, first)
+    second = replace(publish_samples(directory, [[sample(n, pictures[n], "a", 0)] for n in (0, 1)], classes=1), version=2)
+    assert keep_statistics(directory, second).samples == 2
+    assert {"statistics.json", "statistics-v2.json"} <= set(directory.names())
+
+
 @pytest.mark.parametrize("damaged", [b"{", b"[]", b'{"format": 1}', b'{"format": 1, "dataset": "HASH", "measures": {}, "columns": {}}'])
 def test_damaged_statistics_are_named(pictures: list[bytes], directory: Storage, damaged: bytes) -> None:
     manifest = publish_samples(directory, [[sample(0, pictures[0], "a", 0)]], classes=1)
-    directory.write(FILE, damaged.replace(b"HASH", manifest.hash.encode()))
+    directory.write("statistics.json", damaged.replace(b"HASH", manifest.hash.encode()))
     with pytest.raises(DataError, match=r"data/statistics.json: these are no statistics .*; once removed, they can be gathered anew"):
         find_statistics(directory, manifest)
 
