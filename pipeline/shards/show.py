@@ -53,7 +53,7 @@ def text_of(found: Mapping[str, Any]) -> str:
         ("shards", f"{statistics['shards']:,}, {format_bytes(found['bytes'])}"),
         ("classes", f"{len(classes):,}: {', '.join(classes[:_NAMED])}{', ..' if len(classes) > _NAMED else ''}" if classes else "none"),
         ("", ""),
-        ("ledger", f"{found['read']:,} read = {written:,} written + {found['read'] - written:,} dropped"),
+        ("ledger", f"{found['read']:,} read = {written:,} written + {found['read'] - written:,} dropped" if found["read"] else "not known"),
         *((f"  {reason}", _share(count, found["read"])) for reason, count in _most_first(found["dropped"])),
         *([("ignored", f"{found['ignored']:,} files that are no images")] if found["ignored"] else []),
         *((f"deny {name}", _share(count, written)) for name, count in found["deny"].items()),
