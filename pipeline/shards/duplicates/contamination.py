@@ -20,10 +20,22 @@ from pipeline.core.storage import Storage
 from pipeline.shards.deny import DenyList, name_for
 from pipeline.shards.digests import DigestTable
 from pipeline.shards.duplicates.near import find_matches
-from pipeline.shards.duplicates.records import Hashes, Part, Range, cut, has_hashes, keys_of, read_columns, read_hashes, shard_parts
+from pipeline.shards.duplicates.records import (
+    Hashes,
+    Part,
+    Range,
+    cut,
+    find_json,
+    has_hashes,
+    keys_of,
+    read_columns,
+    read_hashes,
+    shard_parts,
+)
 from pipeline.shards.manifest import read_manifest
 
 NAME = "contamination"
+_WANTED = ("url", "split", "near", "dataset")  # what decides an audit
 TABLE = 1 << 23  # images of a set that a task compares with at a time, 33 bytes each, and some more while they are sorted
 _RANGE = 1 << 18  # of ours that a task reads
 # of: the URL of the set; of_key: the key of its image that is nearest, the first of several; the others as of duplicates.
@@ -65,8 +77,8 @@ def find_contamination(
         for c in configs
         for theirs in [Storage(c.url, directory.endpoint)]
     ]
-    known = _known(directory, file)
-    if known and known["dataset"] == manifest.hash and [{k: s[k] for k in wanted[0]} for s in known["sets"]] == wanted:
+    known = find_json(directory, file)
+    if known and known["dataset"] == manifest.hash and [{k: s[k] for k in _WANTED} for s in known["sets"]] == wanted:
         say(f"{NAME:<12} found already, in {directory.url}/{file}")
         return known["sets"]
     directory.remove(file)  # what it says is no longer so
@@ -77,13 +89,6 @@ def find_contamination(
         out.publish({"dataset": manifest.hash, "sets": wanted})
     directory.write(file, (json.dumps({"dataset": manifest.hash, "sets": audits}, indent=2, ensure_ascii=False) + "\n").encode())
     return audits
-
-
-def _known(directory: Storage, file: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(directory.read(file))
-    except FileNotFoundError:
-        return None
 
 
 def _compare(
