@@ -24,7 +24,7 @@ from pipeline.config.shard import Duplicates
 from pipeline.core.errors import ConfigError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import DenyList, name_for
+from pipeline.shards.deny import DenyList, find_about, name_for
 from pipeline.shards.duplicates.near import Bits, find_pairs, masks_for, settle
 from pipeline.shards.duplicates.records import Range, cut, find_json, keys_of, read_hashes, shard_parts, split_by
 from pipeline.shards.manifest import read_manifest
@@ -66,7 +66,8 @@ def find_duplicates(directory: Storage, config: Duplicates, workers: int | None 
     """
     manifest = read_manifest(directory)
     name, wanted = name_for(NAME, manifest.version), {"dataset": manifest.hash, "near": config.near}
-    if (known := find_json(directory, file := f"{name}.json")) and wanted.items() <= known.items():
+    known, about = find_json(directory, file := f"{name}.json"), find_about(directory, name) or {}
+    if wanted.items() <= known.items() and wanted.items() <= about.items():
         say(f"{NAME:<12} found already: {total(known['denied']):,} of {known['images']:,} images")
         return known
     directory.remove(file)  # what it says is no longer so

@@ -120,6 +120,10 @@ def test_what_was_found_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = find_duplicates(directory, Duplicates(near=4), 2)
     monkeypatch.setattr(find, "_Search", lambda *args: pytest.fail("looked for again"))
     assert find_duplicates(directory, Duplicates(near=4), 2) == found
+    monkeypatch.undo()
+    listed = directory.read("deny/duplicates.parquet")
+    directory.remove("deny")
+    assert find_duplicates(directory, Duplicates(near=4), 2) == found and directory.read("deny/duplicates.parquet") == listed
     directory.write("duplicates.json", b"{")
     with pytest.raises(DataError, match=r"duplicates.json: this is not JSON"):
         find_duplicates(directory, Duplicates(near=4), 2)
