@@ -86,7 +86,8 @@ class Fetch(Section):
 
 
 class Duplicates(Section):
-    """Which copies of an image stay: of equal files, or nearly equal pictures, the one with the least key. Published as a deny-list."""
+    """Of equal files, or nearly equal pictures, one stays: splits whose names begin with "train" come last, then the order of the shards
+    decides. Published as a deny-list."""
 
     near: Annotated[int, Field(ge=0, le=16)] | None = Field(
         None, description="bits of 64 in which perceptual hashes of near duplicates differ at most; null: equal files alone"

@@ -17,10 +17,21 @@ import pyarrow as pa
 from pipeline.config.shard import Contamination
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import DenyList, name_for
+from pipeline.shards.deny import DenyList, find_about, name_for
 from pipeline.shards.digests import DigestTable
 from pipeline.shards.duplicates.near import find_matches
-from pipeline.shards.duplicates.records import Hashes, Part, Range, cut, has_hashes, keys_of, read_columns, read_hashes, shard_parts
+from pipeline.shards.duplicates.records import (
+    Hashes,
+    Part,
+    Range,
+    cut,
+    find_json,
+    has_hashes,
+    keys_of,
+    read_columns,
+    read_hashes,
+    shard_parts,
+)
 from pipeline.shards.manifest import read_manifest
 
 NAME = "contamination"
@@ -59,31 +70,31 @@ def find_contamination(
         DataError: there is no dataset, ours or theirs, or an index is damaged, or ours has no perceptual hashes though `near` is given.
     """
     manifest = read_manifest(directory)
-    file = f"{name_for(NAME, manifest.version)}.json"
+    name = name_for(NAME, manifest.version)
+    file = f"{name}.json"
     wanted = [
         {"url": str(theirs.url), "split": c.split, "near": c.near, "dataset": read_manifest(theirs).hash}
         for c in configs
         for theirs in [Storage(c.url, directory.endpoint)]
     ]
-    known = _known(directory, file)
-    if known and known["dataset"] == manifest.hash and [{k: s[k] for k in wanted[0]} for s in known["sets"]] == wanted:
+    asked = {"dataset": manifest.hash, "sets": wanted}
+    known, about = find_json(directory, file), find_about(directory, name) or {}
+    if known and asked.items() <= about.items() and known["dataset"] == manifest.hash and _asked(known["sets"]) == wanted:
         say(f"{NAME:<12} found already, in {directory.url}/{file}")
         return known["sets"]
     directory.remove(file)  # what it says is no longer so
     parts, audits = shard_parts(directory), list[dict[str, Any]]()
-    with DenyList(directory, name_for(NAME, manifest.version), _REASONS) as out:
+    with DenyList(directory, name, _REASONS) as out:
         for config, about in zip(configs, wanted, strict=True):
             audits.append(about | _compare(directory, parts, config, out, workers, images))
-        out.publish({"dataset": manifest.hash, "sets": wanted})
+        out.publish(asked)
     directory.write(file, (json.dumps({"dataset": manifest.hash, "sets": audits}, indent=2, ensure_ascii=False) + "\n").encode())
     return audits
 
 
-def _known(directory: Storage, file: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(directory.read(file))
-    except FileNotFoundError:
-        return None
+def _asked(audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What decided them."""
+    return [{name: audit[name] for name in ("url", "split", "near", "dataset")} for audit in audits]
 
 
 def _compare(

@@ -24,9 +24,9 @@ from pipeline.config.shard import Duplicates
 from pipeline.core.errors import ConfigError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import DenyList, name_for
+from pipeline.shards.deny import DenyList, find_about, name_for
 from pipeline.shards.duplicates.near import Bits, find_pairs, masks_for, settle
-from pipeline.shards.duplicates.records import Range, cut, keys_of, read_hashes, shard_parts, split_by
+from pipeline.shards.duplicates.records import Range, cut, find_json, keys_of, read_hashes, shard_parts, split_by
 from pipeline.shards.manifest import read_manifest
 
 NAME = "duplicates"
@@ -38,17 +38,18 @@ _NODE = np.dtype([("phash", "<u8"), ("number", "<i8")])
 _MEMBER = np.dtype([("number", "<i8"), ("first", "<i8"), ("exact", "?")])
 _PAIR = np.dtype([("low", "<i8"), ("high", "<i8"), ("distance", "u1")])
 _COPY = np.dtype([("number", "<i8"), ("of", "<i8"), ("distance", "u1"), ("exact", "?")])
-_MOST_PAIRS = 1 << 25  # of one task, 17 bytes each
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Images that one task holds: records of a range of hashes (32 bytes each, and as many again while they are sorted), a range of numbers
-    (what of it is a copy, with its keys), and a piece of what a task sends to another: smaller ones would all lie in the driver."""
+    (what of it is a copy, with its keys), and a piece of what a task sends to another: smaller ones would all lie in the driver. And the
+    near pairs that a task may find, of 17 bytes."""
 
     part: int = 1 << 23
     range: int = 1 << 24
     piece: int = 1 << 14
+    pairs: int = 1 << 25
 
 
 def find_duplicates(directory: Storage, config: Duplicates, workers: int | None = None, sizes: Sizes | None = None) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def find_duplicates(directory: Storage, config: Duplicates, workers: int | None 
     """
     manifest = read_manifest(directory)
     name, wanted = name_for(NAME, manifest.version), {"dataset": manifest.hash, "near": config.near}
-    if (known := _known(directory, file := f"{name}.json")) and wanted.items() <= known.items():
+    known, about = find_json(directory, file := f"{name}.json"), find_about(directory, name) or {}
+    if wanted.items() <= known.items() and wanted.items() <= about.items():
         say(f"{NAME:<12} found already: {total(known['denied']):,} of {known['images']:,} images")
         return known
     directory.remove(file)  # what it says is no longer so
@@ -86,13 +88,6 @@ def find_duplicates(directory: Storage, config: Duplicates, workers: int | None 
 def total(denied: dict[str, dict[str, int]]) -> int:
     """Of all splits and kinds."""
     return sum(sum(kinds.values()) for kinds in denied.values())
-
-
-def _known(directory: Storage, file: str) -> dict[str, Any]:
-    try:
-        return json.loads(directory.read(file))
-    except FileNotFoundError:
-        return {}
 
 
 class _Search:
@@ -135,7 +130,7 @@ class _Search:
         """Near pairs, by the range of the later image."""
         assert self.near is not None
         masks = masks_for(self.near, self.images)
-        shared = (self.near, masks)
+        shared = (self.near, masks, self.sizes.pairs)
         if self.hash_parts == 1:
             found = self.exchange("near pairs", "masks", _pairs, [(1, (which,), nodes) for which in range(len(masks))], shared, 1)
             cuts = [(1, (), found[0])]
@@ -201,10 +196,10 @@ def _deal(which: int, masks: list[int], parts: int, nodes: np.ndarray) -> list[n
     return split_by(_spread(nodes["phash"] & np.uint64(masks[which])) % np.uint64(parts), parts, nodes)
 
 
-def _pairs(which: int, near: int, masks: list[int], *pieces: np.ndarray) -> list[np.ndarray]:
+def _pairs(which: int, near: int, masks: list[int], most: int, *pieces: np.ndarray) -> list[np.ndarray]:
     nodes = np.concatenate(pieces)
     try:
-        one, other, distance = find_pairs(np.ascontiguousarray(nodes["phash"]), near, masks, which, _MOST_PAIRS)
+        one, other, distance = find_pairs(np.ascontiguousarray(nodes["phash"]), near, masks, which, most)
     except OverflowError as e:
         raise ConfigError(f"shard.duplicates.near: {near} bits are too many for this dataset, {e}; choose fewer") from e
     pairs = np.empty(len(one), dtype=_PAIR)

@@ -10,8 +10,6 @@ from pipeline.shards.duplicates.phash import PHASH, perceptual_hash
 from pipeline.shards.duplicates.records import read_columns, shard_parts
 from pipeline.shards.rows import Row
 
-_MADE = Columns({PHASH: pa.uint64()}, "phash 1", lambda rows: [[_hash(row) for row in rows]], where=PHASH)
-
 
 def ensure_hashes(directory: Storage, workers: int | None = None) -> None:
     """Add the column to every index of the dataset at `directory` unless it was written with it. Needs a Ray that is initialised; raises as
@@ -22,5 +20,8 @@ def ensure_hashes(directory: Storage, workers: int | None = None) -> None:
     add_columns(directory, _MADE, workers, "hash images")  # which may have been interrupted
 
 
-def _hash(row: Row) -> int | None:
-    return None if row.image is None else perceptual_hash(row.image)
+def _hashes(rows: list[Row]) -> list[list[int | None]]:
+    return [[None if row.image is None else perceptual_hash(row.image) for row in rows]]
+
+
+_MADE = Columns({PHASH: pa.uint64()}, "phash 1", _hashes, where=PHASH)

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.shards.duplicates.phash import BITS
 
-_MOST_MASKS = 2000
+_MOST_MASKS = 500
 # Nanoseconds, measured on one core: what a mask costs a hash (to sort it, and to send it where there are many), and one comparison.
 _SORTING, _COMPARING = 300.0, 5.0
 _ROWS = 1 << 16  # compared at a time, so that they stay in the processor's cache
