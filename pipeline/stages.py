@@ -43,6 +43,7 @@ from pipeline.shards.duplicates.stage import check_sets, treat_copies
 from pipeline.shards.job import find_made, make_dataset
 from pipeline.shards.scores import check_columns
 from pipeline.shards.sources import check_source, open_source
+from pipeline.shards.statistics import encode_statistics, file_of, keep_statistics
 from pipeline.shards.takedown import check_lists, take_down
 from pipeline.stream import Collection, open_collection
 from pipeline.stream.collection import Reading
@@ -289,6 +290,8 @@ class _Stages:
             manifest, metrics = make_dataset(self.config, directory, grow=not has_trained)
             tracker.tags({"dataset.hash": manifest.hash})
             tracker.metrics(metrics if has_trained else metrics | self._mark(directory))
+            # Last, since the indices may have got further columns.
+            tracker.artifact("shard", file_of(manifest), encode_statistics(keep_statistics(directory, manifest)))
 
     def _mark(self, directory: Storage) -> dict[str, float]:
         """What is done to the finished dataset: columns for its indices, and deny-lists. Metrics."""

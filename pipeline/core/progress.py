@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -19,6 +20,9 @@ from pipeline.core.units import format_seconds
 
 _LOG_EVERY = 5.0  # seconds between lines where there is no terminal
 _SHOW_EVERY = 0.2
+_WIDE = 100  # columns; where there are fewer, figures matter more than a bar
+_WITHOUT_BAR = "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_LONG = 10_000_000  # of a total from here on millions are shown as 12.3M: whole numbers would push the rest off the line
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,20 @@ class _Terminal:
                 f"{rate:,.1f} {event.unit}/s {event.text}"
             )
             return
+        columns = min(120, shutil.get_terminal_size().columns - 1) if tty else 120
+        is_narrow = columns < _WIDE
         meter = tqdm.format_meter(
             event.done,
             event.total,
             event.elapsed,
-            ncols=min(120, shutil.get_terminal_size().columns - 1) if tty else 120,
-            prefix=f"{event.label:<12}",
+            ncols=columns,
+            prefix=event.label if is_narrow else f"{event.label:<12}",
+            bar_format=_WITHOUT_BAR if is_narrow else None,
             unit=f" {event.unit}",
             postfix=event.text,
             initial=event.first,
-        )
+            unit_scale=event.total >= _LONG,
+        )[:columns]
         if tty:
             sys.stderr.write(f"\r\033[K{meter}")
             sys.stderr.flush()
@@ -127,3 +135,34 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self._emit(True)
+
+
+class Tally:
+    """What is told beside the progress of work that moves bytes, and parts of which may come to nothing.
+
+    `tally.add(98, {"http-404": 2}, size=10**7); tally.told()` gives `8.3 MB/s, 98.0% kept, 2 http-404`: the megabytes kept a second since
+    it was made, what share of the parts was kept, and the most frequent reason why others were not. What an earlier job did is added with
+    `is_new=False`: it counts for the share, and not for the rate.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._start = clock, clock()
+        self.kept, self.bytes = 0, 0
+        self.dropped: Counter[str] = Counter()
+
+    def add(self, kept: int, dropped: Mapping[str, int], size: int, is_new: bool = True) -> None:
+        """Count `kept` parts of `size` bytes together, and those that were not kept, by reason."""
+        self.kept += kept
+        self.dropped.update(dropped)
+        self.bytes += size if is_new else 0
+
+    def told(self) -> str:
+        elapsed, lost = self._clock() - self._start, self.dropped.total()
+        texts = [f"{self.bytes / 1e6 / elapsed if elapsed > 0 else 0:,.1f} MB/s"]
+        if self.kept + lost:
+            share = 100 * self.kept / (self.kept + lost)
+            texts.append(f"{min(share, 99.9) if lost else share:.1f}% kept")  # all is what nothing was lost of
+        if lost:
+            reason, count = min(self.dropped.items(), key=lambda item: (-item[1], item[0]))
+            texts.append(f"{count:,} {reason}")
+        return ", ".join(texts)

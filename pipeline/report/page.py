@@ -16,7 +16,7 @@ from pipeline.core.units import format_bytes, format_seconds
 from pipeline.evaluate import PROTOCOLS, Result
 from pipeline.report.view import Shown, gather
 
-NAMED_DROPS, NAMED_CLASSES, NAMED_JOBS = 12, 40, 50
+NAMED_CLASSES, NAMED_JOBS = 40, 50
 
 
 def write_report(run: Storage, config: Config, dataset_url: str | None, command: str) -> str:
@@ -62,7 +62,7 @@ def _environment() -> jinja2.Environment:
         "percent": _percent, "seconds": format_seconds, "bytes": format_bytes, "utc": _utc, "called": _called, "explain": _explain,
     }  # fmt: skip
     environment.globals |= {
-        "version": __version__, "named_drops": NAMED_DROPS, "named_classes": NAMED_CLASSES, "named_jobs": NAMED_JOBS,
+        "version": __version__, "named_classes": NAMED_CLASSES, "named_jobs": NAMED_JOBS,
     }  # fmt: skip
     return environment
 

@@ -53,12 +53,6 @@ def picture(dataset: Dataset, number: int, predicted: str = "", probability: flo
     return Picture(source, label, max(pixels.size) <= 64, predicted, probability)
 
 
-def strip(dataset: Dataset, count: int) -> list[Picture]:
-    """`count` samples, evenly over the split."""
-    numbers = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))
-    return [picture(dataset, int(n)) for n in numbers]
-
-
 def choose_wrong(predictions: dict[str, list[Any]], count: int) -> list[int]:
     """Rows of the wrong predictions, the surest mistakes first."""
     rows = [i for i, (a, b) in enumerate(zip(predictions["label"], predictions["predicted"], strict=True)) if a != b]

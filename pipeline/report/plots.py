@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +182,9 @@ def _number(value: float, scale: str) -> str:
 
 def to_svg(figure: Figure, caption: str) -> str:
     sink = io.BytesIO()
-    figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's fonts write the text, not matplotlib's
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = sink.getvalue().decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)

@@ -19,17 +19,18 @@ from pipeline.config import Config, fingerprint
 from pipeline.core.errors import NoSuchRun
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import redact
-from pipeline.core.units import format_count
+from pipeline.core.units import format_bytes, format_count
 from pipeline.evaluate import Result, read_results
 from pipeline.evaluate.drawn import ABOUT, COMPLETIONS, SAMPLES
 from pipeline.evaluate.tasks import look_up
-from pipeline.report.pictures import Picture, choose_right, choose_wrong, show, strip
+from pipeline.report.dataset import Described, describe_dataset
+from pipeline.report.pictures import Picture, choose_right, choose_wrong, show
 from pipeline.report.plots import Plot, draw_curves, draw_layers
 from pipeline.report.running import draw_running
 from pipeline.shards.manifest import Manifest
 from pipeline.stream import open_dataset
 
-WRONG, RIGHT, STRIP = 12, 12, 16
+WRONG, RIGHT = 12, 12
 _PREDICTED = ("supervised", "zero-shot")  # protocols that keep what the model said of each image; the first ones head the page
 
 
@@ -80,7 +81,7 @@ class View:
     plots: list[Plot]
     manifest: Manifest | None
     source: str
-    samples: list[Picture]
+    dataset: Described | None
     goodput: Goodput | None
     jobs: list[Job]
     spans: list[Span]
@@ -92,7 +93,7 @@ def gather(shown: Shown) -> View:
     """Raises DataError where the dataset is damaged."""
     run, config, dataset_url = shown
     results, history, card = read_results(run), read_history(run), _find_card(run)
-    manifest, samples = _read_data(config, dataset_url)
+    manifest, dataset = _read_data(config, dataset_url)
     predicted, wrong, right = _read_predictions(results, config.storage.endpoint)
     jobs = _read_jobs(run)
     return View(
@@ -111,7 +112,7 @@ def gather(shown: Shown) -> View:
         plots=draw_curves(history, card.objective if card else "classify", config.name) + draw_running(history, config.name),
         manifest=manifest,
         source=redact(manifest.source) if manifest else "",
-        samples=samples,
+        dataset=dataset,
         goodput=summarise(jobs, config.cluster.price, config.cluster.currency) if jobs else None,
         jobs=jobs,
         spans=_spans(run),
@@ -126,15 +127,17 @@ def _headline(results: list[Result]) -> Result | None:
     return own[0] if own else max(results, key=lambda r: r.value, default=None)
 
 
-def _read_data(config: Config, dataset_url: str | None) -> tuple[Manifest | None, list[Picture]]:
-    """The manifest and a few samples of the split that was trained on; nothing where there is no dataset."""
+def _read_data(config: Config, dataset_url: str | None) -> tuple[Manifest | None, Described | None]:
+    """The manifest and what there is to tell, with samples of the split that was trained on; nothing where there is no dataset."""
     if dataset_url is None:
-        return None, []
+        return None, None
     manifest = look_up(dataset_url, config.storage.endpoint)
-    split = _train_split(config)
-    if manifest is None or split not in manifest.splits:
-        return manifest, []
-    return manifest, strip(open_dataset(dataset_url, split, config.storage.endpoint), STRIP)
+    if manifest is None:
+        return None, None
+    split = next((name for name in (_train_split(config), *manifest.splits) if manifest.splits.get(name)), None)
+    if split is None:
+        return manifest, None
+    return manifest, describe_dataset(dataset_url, split, config.storage.endpoint, config.name)
 
 
 def _train_split(config: Config) -> str:
@@ -188,7 +191,12 @@ def _facts(config: Config, card: ModelCard | None, manifest: Manifest | None, hi
                 facts.append((what, f"{count:,.0f}"))
     if manifest:
         facts.append(("images", f"{manifest.written:,}"))
-        facts.append(("classes", f"{len(manifest.classes):,}"))
+        if manifest.classes:
+            facts.append(("classes", f"{len(manifest.classes):,}"))
+    if manifest and not card and config.shard:
+        facts.append(("kept", f"{100 * manifest.written / manifest.read:.1f}%"))
+        facts.append(("shards", format_bytes(manifest.bytes)))
+        facts.append(("version", str(manifest.version)))
     if not config.storage.conditional:
         facts.append(("store", "takes no conditions: two jobs of this run could collide"))
     return facts

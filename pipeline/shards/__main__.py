@@ -1,8 +1,9 @@
-"""python -m pipeline.shards adopt URL | verify URL | takedown URL LIST | duplicates URL | contamination URL AGAINST: datasets by
-hand, without a config."""
+"""python -m pipeline.shards adopt URL | show URL | verify URL | takedown URL LIST | duplicates URL | contamination URL AGAINST:
+datasets by hand, without a config."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def adopt(
     with exit_codes():
         from pipeline.shards.adopt import Options, check
         from pipeline.shards.adopt import adopt as adopt_tars
+        from pipeline.shards.statistics import keep_statistics
 
         directory = Storage(url, endpoint)
         options = Options(split, None if classes is None else _read_names(classes), tuple(dict.fromkeys(columns)))
@@ -55,8 +57,22 @@ def adopt(
             click.echo(f"{count:,} left out: {reason}")
         if manifest.dropped:
             click.echo(f"named in {directory.url}/manifest.json: {len(manifest.dropped_samples):,} of them, under dropped_samples")
+        keep_statistics(directory, manifest)
         for remark in [*remarks[:_REMARKS], *([f"and {len(remarks) - _REMARKS:,} more"] if len(remarks) > _REMARKS else [])]:
             click.echo(f"warning: {remark}")
+
+
+@main.command()
+@click.argument("url")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@_endpoint
+def show(url: str, as_json: bool, endpoint: str | None) -> None:
+    """Tell what the dataset at URL holds: what was read, written and dropped, how it is distributed, its versions and deny-lists."""
+    with exit_codes():
+        from pipeline.shards.show import describe, text_of
+
+        found = describe(Storage(url, endpoint))
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else text_of(found))
 
 
 @main.command()

@@ -23,7 +23,7 @@ from pipeline.core.storage import Storage
 from pipeline.shards.fill import Filling, fill_shard
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
 from pipeline.shards.plan import Header, Plan, Planner
-from pipeline.shards.records import run_recorded
+from pipeline.shards.records import EARLIER, run_recorded
 from pipeline.shards.samples import printable
 from pipeline.shards.shuffle import Earlier
 from pipeline.shards.sources import Source, open_source
@@ -138,16 +138,14 @@ class _Filled:
 
 
 def _fill(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
-    filled, start = _Filled(), time.monotonic()
+    filled, tally = _Filled(), progress.Tally()
     shared = (Filling.of(source, shard, plan.header.classes, workers), place, directory)
 
-    def told() -> str:
-        rate = filled.bytes / 1e6 / max(1e-3, time.monotonic() - start)
-        kept = 1 - filled.dropped.total() / max(1, filled.read)
-        return f"{rate:,.1f} MB/s, {kept:.1%} kept, {filled.dropped.total():,} dropped"
-
-    for result in run_recorded("shard", "images", "fill", fill_shard, plan.jobs, shared, place, workers, told):
+    for result in run_recorded("shard", "images", "fill", fill_shard, plan.jobs, shared, place, workers, tally.told):
+        before = filled.bytes
         filled.add(result)
+        kept = result["read"] - sum(result["dropped"].values())
+        tally.add(kept, result["dropped"], filled.bytes - before, is_new=EARLIER not in result)
     return filled
 
 
@@ -199,4 +197,7 @@ def _metrics(manifest: Manifest, before: Manifest | None, seconds: float) -> dic
         "shard/bytes": manifest.bytes,
         "shard/images_per_s": read / seconds,
         "shard/seconds": seconds,
+        "shard/mb_per_s": (manifest.bytes - (before.bytes if before else 0)) / 1e6 / seconds,
+        "shard/success_rate": manifest.written / manifest.read,
+        **{f"shard/dropped/{reason}": count for reason, count in manifest.dropped.items()},
     }

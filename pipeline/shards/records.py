@@ -16,6 +16,7 @@ from pipeline.core.storage import Storage
 _READERS = 32  # records read at once
 _AHEAD = 4096
 
+EARLIER = "earlier"  # a key of what was read from a record
 Result = dict[str, Any]
 Job = tuple[int, tuple[Any, ...]]  # units, and arguments of which the first is the piece's name
 
@@ -31,7 +32,8 @@ def run_recorded(
     workers: int | None,
     told: Callable[[], str] = str,
 ) -> Iterator[Result]:
-    """What `body` returns for each job, read from its record where it has one; the others run on Ray. `jobs` is asked for them twice.
+    """What `body` returns for each job, read from its record, and marked as `EARLIER`, where it has one; the others run on Ray. `jobs` is
+    asked for them twice.
 
     Raises:
         TesseraError: as `run_tasks`, after all jobs that can be done have their record.
@@ -47,7 +49,8 @@ def run_recorded(
             left += 1
     with ThreadPoolExecutor(_READERS) as pool:
         for first in range(0, len(finished), _AHEAD):
-            yield from pool.map(lambda name: json.loads(place.read(f"{stage}/{name}.json")), finished[first : first + _AHEAD])
+            for result in pool.map(lambda name: json.loads(place.read(f"{stage}/{name}.json")), finished[first : first + _AHEAD]):
+                yield {**result, EARLIER: True}
     if not left:
         return
 

@@ -166,7 +166,8 @@ def _wanted(asked: Asked, dataset: Dataset | None, run: PastRun | None) -> Itera
 
 
 def _sheet(asked: Asked, dataset: Dataset | None, run: PastRun | None, chosen: list[tuple[Dataset, int, str]]) -> tuple[str, Any, str]:
-    from pipeline.stream.look import choose, spread
+    from pipeline.shards.statistics import spread
+    from pipeline.stream.look import choose
     from pipeline.stream.sheet import cards, draw, write_sheet
 
     assert asked.sheet is not None

@@ -25,6 +25,7 @@ from pipeline.core.progress import Progress, say
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, ShardTable, read_manifest
+from pipeline.shards.statistics import spread
 from pipeline.stream.decode import decode
 from pipeline.stream.index import Sample
 from pipeline.stream.ledger import BadSample
@@ -35,11 +36,6 @@ INDICES = 64  # that are looked at for counts
 THREADS = 16
 _NAMED = 10  # classes
 _CLOSE = 20  # keys of an index that may be the one that was meant
-
-
-def spread(size: int, count: int) -> list[int]:
-    """At most `count` of the numbers below `size`, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(np.int64)).tolist()
 
 
 def choose(size: int, count: int, seed: int | None) -> list[int]:

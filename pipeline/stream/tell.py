@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.core.text import aligned
 from pipeline.core.units import format_bytes, format_seconds
 from pipeline.stream.ledger import REASONS
 
@@ -64,12 +65,6 @@ def sample_text(found: Mapping[str, Any]) -> str:
         *(("written", path) for path in found.get("files", [])),
     ]
     return aligned(lines)
-
-
-def aligned(lines: Sequence[tuple[str, str]]) -> str:
-    """Names and values in two columns."""
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 
 
 def step_text(found: Mapping[str, Any]) -> str:

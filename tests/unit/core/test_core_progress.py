@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from pipeline.core import progress
-from pipeline.core.progress import Event, Progress, emit, say, set_sink
+from pipeline.core.progress import Event, Progress, Tally, emit, say, set_sink
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +81,47 @@ def test_nothing_done_has_a_rate_of_zero(capsys: pytest.CaptureFixture[str]) -> 
     set_sink(None)
     emit(Event("", "shard", unit="images", finished=True))
     assert capsys.readouterr().err == "shard        0 images in 0.0 s, 0.0 images/s\n"
+
+
+def test_a_tally_tells_bytes_a_second_what_was_kept_and_why_not() -> None:
+    now = [100.0]
+    tally = Tally(clock=lambda: now[0])
+    assert tally.told() == "0.0 MB/s", "before anything has come, in no time at all"
+    now[0] += 4
+    tally.add(60, {"http-404": 20, "corrupt": 1}, size=6_000_000)
+    tally.add(18, {"corrupt": 1}, size=2_000_000)
+    assert tally.told() == "2.0 MB/s, 78.0% kept, 20 http-404"
+    assert (tally.kept, tally.dropped, tally.bytes) == (78, {"http-404": 20, "corrupt": 2}, 8_000_000)
+
+
+def test_what_an_earlier_job_did_is_no_speed_of_this_one() -> None:
+    now = [0.0]
+    tally = Tally(clock=lambda: now[0])
+    tally.add(900, {"corrupt": 100}, size=10**9, is_new=False)
+    now[0] = 1.0
+    tally.add(1000, {}, size=5_000_000)
+    assert tally.told() == "5.0 MB/s, 95.0% kept, 100 corrupt"
+
+
+def test_nearly_all_is_not_all() -> None:
+    tally = Tally(clock=lambda: 0.0)
+    tally.add(10**9, {}, size=0)
+    assert "100.0% kept" in tally.told()
+    tally.add(0, {"corrupt": 1}, size=0)
+    assert "99.9% kept, 1 corrupt" in tally.told()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_line_of_a_long_job_has_all_its_figures(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    set_sink(None)
+    tally = Tally(clock=iter([0.0, 7200.0]).__next__)
+    tally.add(9_300_000, {"a-long-reason-that-has-no-room": 700_000}, size=300_000_000_000)
+    emit(Event(tally.told(), "shard", done=10_000_000, total=413_000_000, unit="images", elapsed=7200))
+    line = capsys.readouterr().err.rpartition("\033[K")[2]
+    assert len(line) < columns, line
+    for figure in ("10.0M/413M", "2:00:00<80:36:00", "1.39k images/s", "41.7 MB/s", "93.0% kept"):
+        assert figure in line, (figure, line)
