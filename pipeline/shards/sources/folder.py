@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from pipeline.config.shard import Fetch
@@ -78,8 +79,12 @@ class FolderSource(Source):
 
     def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
         with ThreadPoolExecutor(_READERS) as pool:
-            for start in range(0, len(items), _AHEAD):
-                yield from enumerate(pool.map(self._read, items[start : start + _AHEAD]), start)
+            ahead: deque[Future[Files | Dropped]] = deque()
+            for index in range(len(items) + _AHEAD):
+                if index < len(items):
+                    ahead.append(pool.submit(self._read, items[index]))
+                if index >= _AHEAD and index - _AHEAD < len(items):
+                    yield index - _AHEAD, ahead.popleft().result()
 
     def _read(self, item: Item) -> Files | Dropped:
         try:
