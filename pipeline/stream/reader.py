@@ -225,20 +225,19 @@ class Dataset:
     def _index_table(self, shard: int, columns: Sequence[str] | None) -> pa.Table:
         """Those of `columns` that it has, or all."""
         record = self.shards[shard]
-        try:
+        for is_last in (self.directory.is_local, True):
             try:
                 file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
-            except (pa.ArrowInvalid, OSError):
-                if self.directory.is_local:
-                    raise
-                self.cache.drop(self._index_part(record))  # the fault may be the cache's
-                file = pq.ParquetFile(io.BytesIO(self._index_bytes(record)))
-            there = file.schema_arrow.names
-            return file.read(columns=[c for c in columns if c in there] if columns else None, use_threads=False)
-        except FileNotFoundError as e:
-            raise _LostIndex("missing", f"{record.index_name} is not there") from e
-        except (pa.ArrowInvalid, OSError) as e:
-            raise _LostIndex("index", f"{record.index_name} is no Parquet ({e})") from e
+                there = file.schema_arrow.names
+                if is_last or set(columns or ()) <= set(there):
+                    return file.read(columns=[c for c in columns if c in there] if columns else None, use_threads=False)
+            except FileNotFoundError as e:
+                raise _LostIndex("missing", f"{record.index_name} is not there") from e
+            except (pa.ArrowInvalid, OSError) as e:
+                if is_last:
+                    raise _LostIndex("index", f"{record.index_name} is no Parquet ({e})") from e
+            self.cache.drop(self._index_part(record))  # it may be damaged there, or older than a column
+        raise AssertionError
 
     def _sound_index(self, shard: int, columns: Sequence[str] | None) -> pa.Table:
         """Raises DataError where it cannot be read."""

@@ -29,10 +29,11 @@ ROWS, SHARDS = 5_000_000_000, 500_000
 def measured(code: str, *arguments: object) -> dict[str, Any]:
     """What a process of its own prints as JSON, with the most memory that it held (bytes) and the seconds that it worked."""
     frame = (
-        "import json, resource, sys, time\n"
+        "import json, sys, time\n"
+        "from pipeline.train.device import host_peak\n"
         "begin = lambda: time.monotonic()\n"
         f"{code}\n"
-        "print(json.dumps({**told, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))\n"
+        "print(json.dumps({**told, 'peak': host_peak()}))\n"
     )
     done = subprocess.run([sys.executable, "-c", frame, *map(str, arguments)], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
@@ -62,7 +63,7 @@ for units, (name, split, group, row_group) in plan.jobs():
     jobs += 1
 planned = begin() - start
 if len(sys.argv) < 5:
-    print(json.dumps({"jobs": jobs, "tasks": tasks, "planned": planned, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({"jobs": jobs, "tasks": tasks, "planned": planned, "peak": host_peak()}))
     sys.exit()
 filled = _Filled()
 for units, (name, split, group, row_group) in plan.jobs():
