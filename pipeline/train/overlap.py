@@ -1,7 +1,8 @@
-"""Gradients summed over the ranks while the backward pass goes on, where each rank has whole ones: at ZeRO stage 0, in fp32.
+"""Gradients summed over the ranks in place, on GPUs while the backward pass goes on, where each rank has whole ones: at ZeRO stage 0, in
+fp32.
 
     backward   a gradient is made ─▶ copied to its place in a bucket, where others are added to it
-               the last micro-batch: a bucket is full ─▶ all-reduce, beside the rest
+               early, in the last micro-batch: a bucket is full ─▶ all-reduce, beside the rest
     finish     what the loss never saw counts as zero ─▶ the buckets that are left ─▶ wait for all
 
 DeepSpeed sums at stage 0 once the backward pass is done, through a copy to a flat tensor and a copy back. This is DDP's way (Li et al.
@@ -25,7 +26,8 @@ class OverlappedSum:
 
     Args:
         is_early: send a bucket as soon as it is full; else all of them in `finish`. Where blocks are computed once more, a gradient may
-            come in parts, of which nobody knows which is the last.
+            come in parts, of which nobody knows which is the last. On a CPU gloo would work on the cores that compute (a step of ViT-S on
+            two ranks gains 1%), and its buffers among the gradients leave holes in the heap (0.4 GiB of 200 million parameters).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], is_early: bool = True) -> None:

@@ -59,7 +59,7 @@ class Engine:
             # DeepSpeed would copy all gradients to one tensor, and back, once the backward pass is done: alone a tenth of a small step.
             self.engine.enable_backward_allreduce = False
             if world.size > 1:
-                self._sum = OverlappedSum(model.parameters(), is_early=not config.recompute)
+                self._sum = OverlappedSum(model.parameters(), is_early=world.device.type == "cuda" and not config.recompute)
         if config.compile:
             compile_blocks(model)
         if config.recompute:
