@@ -70,10 +70,20 @@ def plain(value: Any) -> Any:
     raise ValueError(f"a {type(value).__name__} has no form in JSON")
 
 
+def take_known(row: dict[str, Any], chosen: dict[str, str]) -> tuple[Any, Any, Any]:
+    """(caption, label, key) of a row, None where there is no such column; a column may have an empty name, as that of row numbers has in
+    tables which pandas wrote. Caption and label are taken out of the row."""
+    caption, label = (row.pop(chosen[ours], None) if ours in chosen else None for ours in ("caption", "label"))
+    return caption, label, row.get(chosen["key"]) if "key" in chosen else None
+
+
 def as_label(value: Any) -> tuple[str | None, int | None]:
-    """(class name, number) of a label: one of them, or neither. Hugging Face writes -1 where there is none."""
+    """(class name, number) of a label: one of them, or neither. Hugging Face writes -1 where there is none, and pandas 3.0 for 3 where
+    other rows have none."""
     if isinstance(value, str) and value:
         return value, None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return None, value
     return None, None

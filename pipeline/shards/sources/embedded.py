@@ -19,7 +19,7 @@ from pipeline.config.shard import Fetch
 from pipeline.core.errors import DataError
 from pipeline.shards.dropped import Dropped
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part
-from pipeline.shards.sources.columns import as_label, plain
+from pipeline.shards.sources.columns import as_label, plain, take_known
 from pipeline.shards.sources.files import explained, open_parquet
 from pipeline.shards.sources.urls import TableFiles
 
@@ -74,9 +74,8 @@ class TableSource(TableFiles):
 
     @staticmethod
     def _item(path: str, size: int, place: tuple[str | int, ...], values: dict[str, Any], chosen: dict[str, str]) -> Item:
-        caption, label = (values.pop(chosen.get(ours, ""), None) for ours in ("caption", "label"))
+        caption, label, key = take_known(values, chosen)
         class_name, class_id = as_label(label)
-        key = values.get(chosen.get("key", ""))
         return Item(
             path,
             size,

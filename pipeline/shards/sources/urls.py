@@ -12,7 +12,7 @@ from pipeline.config.shard import Fetch
 from pipeline.core.errors import DataError
 from pipeline.shards.dropped import Dropped
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, stamp_of
-from pipeline.shards.sources.columns import as_label, choose_columns, plain
+from pipeline.shards.sources.columns import as_label, choose_columns, plain, take_known
 from pipeline.shards.sources.files import (
     TABLES,
     BadRow,
@@ -118,9 +118,7 @@ class UrlSource(TableFiles):
             if not isinstance(url, str) or not url.strip():
                 yield Lost(where, "no-url", f"row {number} of {part.name} has no URL")
                 continue
-            caption = row.pop(chosen.get("caption", ""), None)
-            label = row.pop(chosen.get("label", ""), None)
-            key = row.get(chosen.get("key", ""))
+            caption, label, key = take_known(row, chosen)
             class_name, class_id = as_label(as_number(label) if is_text else label)
             yield Item(
                 url.strip(),

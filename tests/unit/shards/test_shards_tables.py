@@ -104,6 +104,28 @@ def test_csv(tmp_path: Path, name: str, encode: Callable[[bytes], bytes]) -> Non
     assert (survey.rows, survey.exact) == (4, True)
 
 
+def test_columns_without_a_name_mean_nothing(tmp_path: Path) -> None:
+    """pandas writes row numbers so, which are no captions, no labels and no keys."""
+    (tmp_path / "a.csv").write_text(",url\n0,http://a/1\n1,http://a/2\n")
+    (tmp_path / "b.csv").write_text(",url,text\n0,http://b/1,one\n1,http://b/2,two\n")
+    (tmp_path / "c.csv").write_text(",url,text,label\n0,http://c/1,one,7\n")
+    found = [(i.path, i.text, i.label, i.key, i.extra) for i in items(UrlSource(str(tmp_path), {}))]
+    assert found == [
+        ("http://a/1", None, None, None, {"": 0}),
+        ("http://a/2", None, None, None, {"": 1}),
+        ("http://b/1", "one", None, None, {"": 0}),
+        ("http://b/2", "two", None, None, {"": 1}),
+        ("http://c/1", "one", 7, None, {"": 0}),
+    ]
+
+
+def test_whole_numbers_with_gaps_are_labels(tmp_path: Path) -> None:
+    """A column of whole numbers, some of which are missing, is one of floats in many tables."""
+    write(tmp_path / "a.parquet", {"url": ["u1", "u2", "u3", "u4"], "label": [3.0, None, 0.5, float("nan")]})
+    (tmp_path / "b.csv").write_text("url,label\nu5,12.0\nu6,\n")
+    assert [i.label for i in items(UrlSource(str(tmp_path), {}))] == [3, None, None, None, 12, None]
+
+
 def test_bad_rows_are_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"url,text\nu1,one\nu2\nu3,three,3\nu4,\xff\xfe\n")
     (tmp_path / "b.jsonl").write_bytes(
