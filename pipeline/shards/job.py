@@ -105,7 +105,11 @@ def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State
         return None
     clear(directory, place, is_first=found is None)
     filled = _fill(shard, source, plan, place, directory, workers)
-    manifest, shards = _summarise(shard, plan, filled, found, directory)
+    try:
+        manifest, shards = _summarise(shard, plan, filled, found, directory)
+    except DataError:
+        place.remove()  # for the next attempt the source may have been mended, or be within reach again
+        raise
     write_state(directory, plan.header, state, version)
     publish(directory, shards, manifest)
     tidy(directory, version)

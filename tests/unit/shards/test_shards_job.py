@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
+from PIL import Image
 
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import DataError, StorageError
@@ -106,8 +107,12 @@ def test_nothing_usable_is_an_error_with_its_reasons(tmp_path: Path) -> None:
         (tmp_path / f"{n}.png").write_bytes(b"" if n % 3 else b"text")
     directory = Storage(str(tmp_path / "shards"))
     with pytest.raises(DataError, match=r"^shard.source.url: none of the 30 images in .* can be used \(20 empty, 10 not-an-image\)$"):
-        make_dataset(config(tmp_path), directory)
+        make_dataset(config(tmp_path, splits={"train": 1}), directory)
     assert find_manifest(directory) is None
+
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")  # once mended, the same command reads it
+    manifest, _ = make_dataset(config(tmp_path, splits={"train": 1}), directory)
+    assert (manifest.read, manifest.written) == (30, 1)
 
 
 def test_an_unusable_source_leaves_an_earlier_dataset_alone(tree: Path, tmp_path: Path) -> None:
