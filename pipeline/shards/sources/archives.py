@@ -7,6 +7,7 @@ request, so that samples of all tars are mixed as files of a folder are. (`adopt
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -85,7 +86,7 @@ class TarSource(Source):
                 yield from enumerate(pool.map(self._read, items[start : start + _AHEAD]), start)
 
     def _read(self, item: Item) -> Files | Dropped:
-        name, offset, length, label, *places = item.place
+        name, offset, length, label, *places, crc = item.place
         start = int(offset)
         try:
             data = self.storage.read_range(str(name), start, start + int(length))
@@ -95,6 +96,8 @@ class TarSource(Source):
             return Dropped("unreadable", printable(str(e)))
         if len(data) < int(length):
             return Dropped("unreadable", f"{name} was cut short after it was listed")
+        if zlib.crc32(data) != crc:
+            return Dropped("unreadable", f"{name} has other bytes there than when it was listed, or than its index says")
         image, text, meta = (
             data[int(at) - start : int(at) - start + int(n)] if int(n) >= 0 else None
             for at, n in zip(places[::2], places[1::2], strict=True)
@@ -108,4 +111,4 @@ def _item(tar: str, row: dict[str, Any]) -> Item:
     there = {"txt": row["txt_length"] >= 0, "json": row["json_length"] >= 0, "cls": row["cls"] >= 0}
     size = sum(row[f"{part}_length"] for part in ("image", "txt", "json") if row[f"{part}_length"] > 0)
     side = {suffix: f"{tar}/{row['key']}.{suffix}" for suffix, is_there in there.items() if is_there}
-    return Item(f"{tar}/{row['key']}", size, side=side, place=(tar, row["offset"], row["length"], row["cls"], *places))
+    return Item(f"{tar}/{row['key']}", size, side=side, place=(tar, row["offset"], row["length"], row["cls"], *places, row["crc32"]))

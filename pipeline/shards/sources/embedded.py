@@ -68,7 +68,7 @@ class TableSource(TableFiles):
             for group in range(file.metadata.num_row_groups):
                 size, row = _mean_bytes(file.metadata.row_group(group), image), 0
                 for values in _rows(file, group, wanted, _ROWS):
-                    yield self._item(f"{part.name}#{number}", size, (part.name, group, row), values, chosen)
+                    yield self._item(f"{part.name}#{number}", size, (part.name, group, row, part.bytes), values, chosen)
                     number, row = number + 1, row + 1
         self.check_rows(part, number)
 
@@ -89,20 +89,25 @@ class TableSource(TableFiles):
 
     def order(self, item: Item, key_order: int) -> int:
         """The row group first: 32 bits of a hash of it, and 32 of the key's."""
-        part, group, _ = item.place
+        part, group, *_ = item.place
         block = hashlib.sha256(f"{part}#{group}".encode("utf-8", "surrogateescape")).digest()
         return int.from_bytes(block[:4], "big") << 32 | key_order >> 32
 
     def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
-        wanted: dict[tuple[str | int, ...], dict[int, int]] = {}  # by file and row group: row -> place in `items`
+        wanted: dict[tuple[str | int, ...], dict[int, int]] = {}  # by file, its size and row group: row -> place in `items`
         for index, item in enumerate(items):
-            wanted.setdefault(item.place[:2], {})[int(item.place[2])] = index
-        for (name, group), rows in sorted(wanted.items()):
-            yield from self._read(str(name), int(group), rows)
+            name, group, row, size = item.place
+            wanted.setdefault((name, size, group), {})[int(row)] = index
+        for (name, size, group), rows in sorted(wanted.items()):
+            yield from self._read(str(name), int(size), int(group), rows)
 
-    def _read(self, name: str, group: int, rows: dict[int, int]) -> Iterator[tuple[int, Files | Dropped]]:
+    def _read(self, name: str, size: int, group: int, rows: dict[int, int]) -> Iterator[tuple[int, Files | Dropped]]:
+        if (now := self._size(name)) != size:  # another image may be in each row
+            gone = Dropped("unreadable", f"{name} changed after it was listed: {size:,} bytes then, {now:,} now")
+            yield from ((index, gone) for index in rows.values())
+            return
         left, last = dict(rows), max(rows)
-        with explained(name), open_parquet(self.storage, name, self._size(name)) as file:
+        with explained(name), open_parquet(self.storage, name, size) as file:
             image = self.check_schema(name, file)["image"]
             if group < file.metadata.num_row_groups:
                 first = 0

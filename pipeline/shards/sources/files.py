@@ -110,7 +110,7 @@ def each(action: Callable[[T], U], files: Sequence[T]) -> list[U]:
 
 
 def open_parquet(directory: Storage, name: str, size: int) -> pq.ParquetFile:
-    """A Parquet file, read a buffer at a time. Raises DataError where it is none, or of another size than `size`."""
+    """A Parquet file, read a buffer at a time. On a store it has `size` bytes. Raises DataError where it is none."""
     with explained(name):
         if directory.is_local:
             return pq.ParquetFile(f"{directory.path}/{name}", buffer_size=_BUFFER)

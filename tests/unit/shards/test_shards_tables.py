@@ -232,14 +232,14 @@ def test_embedded_images(tmp_path: Path) -> None:
     images = [b"image %d" % n * (n + 1) for n in range(8)]
     hugging_face(tmp_path / "train-0.parquet", images[:6], [0, 1, -1, 0, 1, 1])
     hugging_face(tmp_path / "train-1.parquet", [images[6], None, images[7]], [0, 1, 0])
-    source = TableSource(str(tmp_path), {})
+    source, size = TableSource(str(tmp_path), {}), (tmp_path / "train-0.parquet").stat().st_size
     found = items(source)
     assert source.classes() == ["cat", "dog"]
     assert [(i.path, i.label, i.text, i.place) for i in found[:4]] == [
-        ("train-0.parquet#0", 0, "text 0", ("train-0.parquet", 0, 0)),
-        ("train-0.parquet#1", 1, "text 1", ("train-0.parquet", 0, 1)),
-        ("train-0.parquet#2", None, "text 2", ("train-0.parquet", 0, 2)),
-        ("train-0.parquet#3", 0, "text 3", ("train-0.parquet", 1, 0)),
+        ("train-0.parquet#0", 0, "text 0", ("train-0.parquet", 0, 0, size)),
+        ("train-0.parquet#1", 1, "text 1", ("train-0.parquet", 0, 1, size)),
+        ("train-0.parquet#2", None, "text 2", ("train-0.parquet", 0, 2, size)),
+        ("train-0.parquet#3", 0, "text 3", ("train-0.parquet", 1, 0, size)),
     ]
     chosen = [found[n] for n in (8, 4, 0, 5, 7)]
     fetched = dict(source.fetch(chosen, Fetch(), 2**20, 1))
@@ -265,13 +265,16 @@ def test_a_table_without_images_is_refused(tmp_path: Path) -> None:
         TableSource(str(tmp_path), {}).check()
 
 
-def test_a_table_that_shrank_loses_rows_with_a_reason(tmp_path: Path) -> None:
-    path = hugging_face(tmp_path / "a.parquet", [b"x"] * 6, [0] * 6)
+def test_a_table_that_changed_since_it_was_listed_loses_its_rows_with_a_reason(tmp_path: Path) -> None:
+    """The captions are those of other images."""
+    path = hugging_face(tmp_path / "a.parquet", [b"x" * n for n in range(6)], [0] * 6)
+    hugging_face(tmp_path / "b.parquet", [b"z"] * 2, [0] * 2)
     source = TableSource(str(tmp_path), {})
     found = items(source)
-    hugging_face(path, [b"y"] * 4, [0] * 4)
-    reasons = [f.reason if isinstance(f, Dropped) else "" for _, f in sorted(source.fetch(found, Fetch(), 2**20, 1), key=lambda f: f[0])]
-    assert reasons == ["", "", "", "", "unreadable", "unreadable"]
+    hugging_face(path, [b"y" * n for n in range(9)], [0] * 9)
+    fetched = dict(source.fetch(found, Fetch(), 2**20, 1))
+    assert [f.reason if isinstance(f, Dropped) else "" for _, f in sorted(fetched.items())] == ["unreadable"] * 6 + ["", ""]
+    assert isinstance(fetched[0], Dropped) and fetched[0].detail.startswith("a.parquet changed after it was listed: ")
 
 
 def test_tars(tmp_path: Path, make_dataset: Callable[..., Manifest]) -> None:
@@ -305,6 +308,9 @@ def test_cut_and_foreign_tars(tmp_path: Path, make_dataset: Callable[..., Manife
     assert isinstance(found[9], Lost) and found[9].reason == "truncated"
     ((_, dropped),) = source.fetch([last], Fetch(), 2**20, 1)
     assert dropped == Dropped("unreadable", "train-00000.tar was cut short after it was listed")
+    tar.write_bytes(data[: last.place[1]] + bytes(len(data) - int(last.place[1])))  # of the same length
+    ((_, dropped),) = source.fetch([last], Fetch(), 2**20, 1)
+    assert isinstance(dropped, Dropped) and dropped.detail.startswith("train-00000.tar has other bytes there than when it was listed")
     tar.write_bytes(gzip.compress(data))
     with pytest.raises(DataError, match=r"^shard.source.url: train-00000.tar: it is compressed"):
         rows(source)
