@@ -1,7 +1,7 @@
 """What the search for duplicates reads of a dataset: the hashes of its images, numbered in the order in which images win.
 
 Of several copies the first stays: splits for evaluation come before those for training, so that training never holds an image of a test;
-within a split shards come by name and rows as they lie. So what a later version of a dataset appends loses against what was there.
+within a split shards come by number and rows as they lie. So what a later version of a dataset appends loses against what was there.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def shard_parts(directory: Storage, split: str | None = None) -> list[Part]:
     splits = [split] if split is not None else ordered_splits(list(read_manifest(directory).splits))
     parts, first = list[Part](), 0
     for name in splits:
-        for record in ShardTable(directory, name):
+        # By number: the 100,000th has a digit more than those before it, and its name comes earlier.
+        for record in sorted(ShardTable(directory, name), key=lambda r: (len(r.name), r.name)):
             parts.append(Part(record.name, record.split, record.samples, first))
             first += record.samples
     return parts

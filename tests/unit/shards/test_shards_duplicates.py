@@ -20,9 +20,9 @@ from pipeline.shards import __main__ as command
 from pipeline.shards.duplicates import find
 from pipeline.shards.duplicates.find import Sizes, find_duplicates
 from pipeline.shards.duplicates.hashes import ensure_hashes
-from pipeline.shards.duplicates.records import ordered_splits
+from pipeline.shards.duplicates.records import ordered_splits, shard_parts
 from pipeline.shards.duplicates.stage import treat_copies
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.manifest import Manifest, ShardRecord, publish, read_manifest
 from pipeline.stream import open_dataset
 from tests.unit.shards.copies import CHANGES, denied, key_of, views, write_hashes, write_pictures
 from tests.unit.stream.photographs import encoded
@@ -170,6 +170,14 @@ def test_too_many_that_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_splits_for_evaluation_come_first() -> None:
     assert ordered_splits(["train", "val", "train-extra", "test"]) == ["test", "val", "train", "train-extra"]
+
+
+def test_shards_come_by_number(tmp_path: Path) -> None:
+    """So that what a later version appends loses against what was there, beyond 100,000 shards too."""
+    directory, names = Storage(str(tmp_path)), [f"train-{n:05d}.tar" for n in (2, 99_999, 100_000, 10_001)]
+    records = [ShardRecord(name, "train", 1, 512, "0" * 64) for name in names]
+    publish(directory, records, Manifest("", "", "", [], {"train": 4}, 2048, 4, 4, 0, {}, []))
+    assert [p.name for p in shard_parts(directory)] == [f"train-{n:05d}.tar" for n in (2, 10_001, 99_999, 100_000)]
 
 
 def test_a_later_version_has_a_list_of_its_own(tmp_path: Path) -> None:
