@@ -45,7 +45,7 @@ _ON_THE_WAY = ("listed", "settled", "list", "settle", "arrange", "probe")
 @dataclass(frozen=True)
 class Header:
     """What a plan says of the rows as a whole: `read` of them, of which `dropped` (by reason) are in no shard. `rows_a_shard`: where bytes
-    are not known beforehand. `groups`: ranges of hashes."""
+    are not known beforehand, and were measured; later versions keep it. `groups`: ranges of hashes."""
 
     version: int
     config: str
@@ -138,10 +138,12 @@ class Planner:
         parts = self.source.parts()
         counts, ignored, names, spills = self._list(parts)
         classes = header.classes + [c for c in names if c not in set(header.classes)]
-        rows_a_shard = self._rows_of_shard(sum(counts.tolist()), spills, classes)
+        rows = int(counts.sum())
+        rows_a_shard = self._rows_of_shard(rows, spills, classes)
+        measured = rows_a_shard if rows > PROBED else self.header.rows_a_shard  # of so few rows nothing was
         shards, header = self._arrange(counts, spills, rows_a_shard)
         plan = Plan(
-            Header(**{**asdict(header), "ignored": ignored, "classes": classes, "rows_a_shard": rows_a_shard}),
+            Header(**{**asdict(header), "ignored": ignored, "classes": classes, "rows_a_shard": measured}),
             number_shards(shards, firsts),
         )
         plan.save(self.place)

@@ -107,6 +107,19 @@ def test_shards_of_urls_get_their_size_by_a_probe(web: Hostile, image: bytes, tm
     assert 6 <= len(sizes) <= 12 and max(sizes) < 1.5 * size and sum(sizes) / len(sizes) > 0.6 * size
 
 
+def test_a_list_that_began_small_gets_whole_shards_later(
+    web: Hostile, image: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "PROBED", 3)
+    directory, size = Storage(str(tmp_path / "out")), 20 * (len(image) + 2600)
+    section = config({"format": "urls", "url": str(tmp_path / "in")}, samples=None, size=size, splits={"train": 1})
+    for version, rows in enumerate((range(3), range(3, 63), range(63, 65)), 1):
+        urls(tmp_path / "in" / f"{version}.parquet", [{"url": web.url(f"good/p{n}")} for n in rows])
+        make_dataset(section, directory)
+    counts = ShardTable(directory).samples.tolist()
+    assert sum(counts) == 65 and len(counts) <= 6 and max(counts) > 12
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_table_with_images(
     tmp_path: Path, encoded: Callable[..., bytes], photo: Callable[..., Image.Image], shuffle: bool, small_ranges: None
