@@ -147,6 +147,8 @@ class Score(Section):
     @field_validator("column")
     @classmethod
     def _column_is_a_word(cls, column: str) -> str:
+        if re.search(r"-v\d+$", column):
+            raise ValueError(f"{column!r} ends as the names of lists do that are of a version; choose {column.replace('-v', '_v')!r}")
         return check_word(column)
 
     @model_validator(mode="after")

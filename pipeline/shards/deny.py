@@ -5,7 +5,8 @@ whatever order its rows came in, and holds in its footer what it was made of, so
 rows are sorted in runs that go to the disk, and the runs are merged a stretch of keys at a time.
 
 A list that was worked out for version n of a dataset is called `<name>-v<n>`, for the first one `<name>` alone. A version has of each name
-the list of its own or of the newest version before it, so that what comes later changes nothing of an earlier version.
+the list of its own or of the newest version before it, so that what comes later changes nothing of an earlier version. A takedown holds for
+all versions: its list has one name.
 """
 
 from __future__ import annotations
@@ -47,13 +48,23 @@ def name_for(name: str, version: int) -> str:
 
 def own_lists(directory: Storage, version: int) -> list[str]:
     """The paths of the lists in a dataset's directory that hold for a version of it, by name."""
+    return [path for _, path in sorted(_newest(directory, version).items())]
+
+
+def holds(directory: Storage, name: str, version: int) -> bool:
+    """Whether a list called `name`, of a version or of one before it, holds for that version."""
+    return name in _newest(directory, version)
+
+
+def _newest(directory: Storage, version: int) -> dict[str, str]:
+    """By name, the paths of the lists that hold for a version."""
     newest: dict[str, tuple[int, str]] = {}
     for file in directory.names(DIRECTORY):
         if match := _LIST.fullmatch(file):
             name, of = match[1], int(match[2] or 1)
             if of <= version and of >= newest.get(name, (0, ""))[0]:
                 newest[name] = of, f"{DIRECTORY}/{file}"
-    return [path for _, (_, path) in sorted(newest.items())]
+    return {name: path for name, (_, path) in newest.items()}
 
 
 def find_about(directory: Storage, name: str) -> dict[str, Any] | None:

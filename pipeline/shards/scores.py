@@ -24,12 +24,13 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.functions import load_function
 from pipeline.core.storage import Storage
 from pipeline.shards.columns import Columns, find_columns
-from pipeline.shards.deny import DenyList, find_about, list_name
+from pipeline.shards.deny import DenyList, find_about, holds, list_name, name_for
+from pipeline.shards.duplicates.phash import PHASH
 from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, read_manifest
 from pipeline.shards.passes import over_shards
 from pipeline.shards.rows import MEMBERS, Row, read_index
 
-_HASH = "phash"  # a column that some indices are written with
+_REASONS = {"value": pa.float64()}
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def check_function(score: Score, where: str) -> None:
 
 def check_columns(scores: Sequence[Score], where: str = "shard.scores") -> None:
     """Raises ConfigError for a column that an index has already, or two of one name."""
-    taken = dict.fromkeys([*INDEX_SCHEMA.names, _HASH], "every index has this column already")
+    taken = dict.fromkeys([*INDEX_SCHEMA.names, PHASH], "every index has this column already")
     for n, score in enumerate(scores):
         if score.column in taken:
             raise ConfigError(f"{where}.{n}.column: {score.column!r} cannot be added, {taken[score.column]}")
@@ -114,24 +115,29 @@ def check_columns(scores: Sequence[Score], where: str = "shard.scores") -> None:
 
 
 def deny_by_score(directory: Storage, column: str, keep: Bound | None, workers: int | None = None, where: str = "shard.scores") -> int:
-    """Publish `deny/score-<column>.parquet` (key, value), the samples whose number in `column` is outside of `keep`, or missing, as
-    `data.where` does; how many they are. Without `keep`, such a list is removed. Needs a Ray that is initialised.
+    """Publish `deny/score-<column>.parquet` (key, value; of version n of the dataset `score-<column>-v<n>`), the samples whose number in
+    `column` is outside of `keep`, or missing, as `data.where` does; how many they are. Without `keep`, such a list is removed, or made
+    empty where that of an earlier version would hold. Needs a Ray that is initialised.
 
     Raises:
         ConfigError: the column was not added to all shards. DataError, StorageError: an index cannot be read.
     """
-    name = f"score-{column}"
+    manifest = read_manifest(directory)
+    name = name_for(f"score-{column}", manifest.version)
     if keep is None:
         directory.remove(list_name(name))
+        if holds(directory, f"score-{column}", manifest.version):
+            with DenyList(directory, name, _REASONS) as out:
+                out.publish({"dataset": manifest.hash, "keep": None})
         return 0
     added = find_columns(directory).get(column)
     if added is None:
         raise ConfigError(f"{where}: the shards in {directory.url} have no column {column!r}; score them first")
-    about = {"dataset": read_manifest(directory).hash, "maker": added["fingerprint"], "keep": keep.model_dump()}
+    about = {"dataset": manifest.hash, "maker": added["fingerprint"], "keep": keep.model_dump()}
     found = find_about(directory, name)
     if found is not None and about.items() <= found.items():
         return found["rows"]
-    with DenyList(directory, name, {"value": pa.float64()}) as out:
+    with DenyList(directory, name, _REASONS) as out:
         shared = (directory, column, keep)
         for rows in over_shards("deny", directory, _outside, shared, lambda: f"{out.rows:,} denied", workers):
             out.add(rows)

@@ -24,6 +24,7 @@ from pipeline.core.progress import Progress
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.deny import name_for
+from pipeline.shards.duplicates.phash import PHASH
 from pipeline.shards.histogram import Histogram
 from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardRecord, ShardTable
 
@@ -31,7 +32,6 @@ FORMAT = 1
 MOST_SHARDS = 4096  # whose indices are read: 20 million samples in shards of 5,000
 _READERS = 16
 _GROUP = 256  # indices asked for at once
-_NOT_NUMBERS = ("phash",)  # columns whose values only look like numbers
 _READ = ["cls", "width", "height", "image_length", "txt_length"]
 # Quantity -> the exponent of its bins on the scale of log2, and whether ratios are counted. Four or eight bins an octave.
 _OCTAVE, _RATIO = (-2, False), (-3, True)
@@ -264,7 +264,7 @@ def _index_bytes(directory: Storage, record: ShardRecord) -> bytes:
 
 def _numbers(schema: pa.Schema) -> Sequence[str]:
     """Columns behind those that every index has, which hold numbers."""
-    others = [f for f in schema if f.name not in INDEX_SCHEMA.names and f.name not in _NOT_NUMBERS]
+    others = [f for f in schema if f.name not in INDEX_SCHEMA.names and f.name != PHASH]  # which only looks like one
     return [f.name for f in others if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards.adopt import Options, adopt
 from pipeline.shards.columns import Columns, add_columns
-from pipeline.shards.manifest import Manifest, ShardTable
+from pipeline.shards.manifest import Manifest, ShardTable, publish
 from pipeline.shards.rows import Row, read_index
 from pipeline.shards.scores import FunctionScore, check_columns, deny_by_score, function_columns
 from pipeline.stream import open_dataset
@@ -180,3 +181,28 @@ def test_a_list_is_made_again_where_something_changed(make_dataset: Make, tmp_pa
     assert deny_by_score(directory, "number", Bound(min=20)) == 0 == len(pq.read_table(path))
     assert deny_by_score(directory, "number", None) == 0 and not path.exists()
     assert deny_by_score(directory, "number", None) == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_list_of_a_later_version_changes_nothing_of_an_earlier_one(make_dataset: Make, tmp_path: Path) -> None:
+    directory = Storage(str(tmp_path))
+    first = make_dataset(directory, {"train": 45})
+    add_columns(directory, columns("caption_number", "number"))
+    assert deny_by_score(directory, "number", Bound(min=10)) == 10
+    view = open_dataset(directory.url).view
+    records = [*ShardTable(directory)]
+    publish(directory, records, replace(first, version=2))
+    add_columns(directory, columns("caption_number", "number"))
+    assert open_dataset(directory.url).view == view  # it holds until there is one of version 2
+    assert deny_by_score(directory, "number", Bound(min=20)) == 20
+    assert len(open_dataset(f"{directory.url}@2")) == 25
+    assert open_dataset(f"{directory.url}@1").view == view
+    for _ in range(2):
+        assert deny_by_score(directory, "number", None) == 0
+        assert len(open_dataset(f"{directory.url}@2")) == 45
+        assert open_dataset(f"{directory.url}@1").view == view
+
+
+def test_a_column_is_not_called_as_a_version_is() -> None:
+    with pytest.raises(ValueError, match=r"'clip-v2' ends as the names of lists do .* choose 'clip_v2'"):
+        Score(column="clip-v2", function="a.b")
