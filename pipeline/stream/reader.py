@@ -93,8 +93,7 @@ class Dataset:
         lists = lists_of(directory, deny, self.manifest.version if own_deny else None)
         if (lists or where) and (rule := Rule(lists, where or {}, self.cache)):
             self.view = "/".join([self.view, rule.hash, *sorted(maker for c, maker in self._added.items() if c in (where or {}))])
-            names = _Names(self.shards)
-            self._selection = select(rule, f"{self.view}/{self.manifest.config}", names, self._sound_index, self.cache)
+            self._selection = select(rule, f"{self.view}/{self.manifest.config}", _Names(self.shards), self._sound_index, self.cache)
             self.sizes = self._selection.kept
             if not self.sizes.sum():
                 raise DataError(f"data {directory.url}: deny-lists and bounds leave none of its {self.shards.samples.sum()} samples")
@@ -151,9 +150,8 @@ class Dataset:
             if zlib.crc32(data) == index.crc32[row]:
                 return index.sample(row, data)
         name, key, length = self.shards[shard].name, index.keys[row].as_py(), int(index.length[row])
-        if len(data) < length:
-            raise BadSample(name, key, "truncated", f"{len(data)} of {length} bytes")
-        raise BadSample(name, key, "checksum", "its crc32 differs")
+        short = len(data) < length
+        raise BadSample(name, key, *(("truncated", f"{len(data)} of {length} bytes") if short else ("checksum", "its crc32 differs")))
 
     def key_of(self, number: int) -> str:
         """Raises BadSample where the shard's index is gone."""
@@ -189,8 +187,8 @@ class Dataset:
         return lambda: retrying(f"data {self.directory.url}/{name}", lambda: self.directory.read_range(name, start, end))
 
     def _bytes(self, shard: int, index: Index, row: int, again: bool) -> bytes:
-        if shard in self._missing:  # each of its samples would ask for it again, for seconds
-            raise FileNotFoundError(self.shards[shard].name)
+        if shard in self._missing:
+            raise FileNotFoundError(self.shards[shard].name)  # each of its samples would ask for it again, for seconds
         offset, length = int(index.offset[row]), int(index.length[row])
         if self.directory.is_local:
             file = self._file(shard)  # held while it is read: another thread may push it out of the least recently used
