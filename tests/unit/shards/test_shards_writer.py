@@ -85,6 +85,7 @@ def test_same_samples_same_bytes(tmp_path: Path, samples: list[Sample]) -> None:
 
 
 def test_no_samples_no_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"of an attempt that was killed")
     assert write_shard(Storage(str(tmp_path)), "a.tar", "a", []) is None
     assert list(tmp_path.iterdir()) == []
 
