@@ -53,7 +53,8 @@ def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple
         assert found is not None, "only a dataset that is there can have nothing new"
         progress.say(f"shard        the dataset is there already: {found.written:,} samples in {directory.url}")
         return found, {}
-    return made, _metrics(made, found, time.monotonic() - start)
+    manifest, filled = made
+    return manifest, _metrics(manifest, filled, time.monotonic() - start)
 
 
 def find_made(shard: Shard, directory: Storage) -> Manifest | None:
@@ -68,7 +69,7 @@ def dataset_fingerprint(shard: Shard) -> str:
     return fingerprint({**decides, "source": {"format": shard.source.format, "columns": shard.source.columns}})
 
 
-def _grow(shard: Shard, directory: Storage, found: Manifest, grow: bool) -> Manifest | None:
+def _grow(shard: Shard, directory: Storage, found: Manifest, grow: bool) -> tuple[Manifest, _Filled] | None:
     """The next version, or None where the source has nothing new."""
     state = read_state(directory, found.version)
     if state is None:
@@ -77,7 +78,7 @@ def _grow(shard: Shard, directory: Storage, found: Manifest, grow: bool) -> Mani
     return _make(shard, directory, found, state) if grow else None
 
 
-def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State | None) -> Manifest | None:
+def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State | None) -> tuple[Manifest, _Filled] | None:
     source = open_source(shard.source)
     try:
         survey = source.survey()
@@ -113,7 +114,7 @@ def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State
     write_state(directory, plan.header, state, version)
     publish(directory, shards, manifest)
     tidy(directory, version)
-    return manifest
+    return manifest, filled
 
 
 @dataclass
@@ -124,18 +125,23 @@ class _Filled:
     smallest: tuple[int, int] = (2**31, 2**31)
     largest_label: int = -1
     read: int = 0
+    new_read: int = 0  # without what an earlier job did, that was killed
+    new_bytes: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     named: list[dict[str, str]] = field(default_factory=list)
     bytes: int = 0
 
     def add(self, result: dict[str, Any]) -> None:
+        is_new = EARLIER not in result
         self.read += result["read"]
+        self.new_read += result["read"] * is_new
         self.dropped.update(result["dropped"])
         if result["named"]:
             self.named = heapq.nsmallest(NAMED, self.named + result["named"], key=lambda d: d["file"])
         if result["record"] is not None:
             self.records.append(ShardRecord(**result["record"]))
             self.bytes += self.records[-1].bytes
+            self.new_bytes += self.records[-1].bytes * is_new
             width, height = result["smallest"]
             self.smallest = min(self.smallest[0], width), min(self.smallest[1], height)
         self.largest_label = max(self.largest_label, result["largest_label"])
@@ -191,17 +197,17 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
     return manifest, shards
 
 
-def _metrics(manifest: Manifest, before: Manifest | None, seconds: float) -> dict[str, float]:
-    read = manifest.read - (before.read if before else 0)
+def _metrics(manifest: Manifest, filled: _Filled, seconds: float) -> dict[str, float]:
+    """Of the dataset; rates are those of this job alone."""
     return {
         "shard/read": manifest.read,
         "shard/written": manifest.written,
         "shard/dropped": manifest.read - manifest.written,
         "shard/ignored": manifest.ignored,
         "shard/bytes": manifest.bytes,
-        "shard/images_per_s": read / seconds,
+        "shard/images_per_s": filled.new_read / seconds,
         "shard/seconds": seconds,
-        "shard/mb_per_s": (manifest.bytes - (before.bytes if before else 0)) / 1e6 / seconds,
+        "shard/mb_per_s": filled.new_bytes / 1e6 / seconds,
         "shard/success_rate": manifest.written / manifest.read,
         **{f"shard/dropped/{reason}": count for reason, count in manifest.dropped.items()},
     }

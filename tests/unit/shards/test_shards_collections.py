@@ -215,8 +215,9 @@ def test_a_piece_that_fails_is_named_and_the_others_are_kept(tree: Path, tmp_pat
         return fill_shard(name, *rest)
 
     monkeypatch.setattr(job, "fill_shard", noted)
-    manifest, _ = make_dataset(section, directory)
+    manifest, metrics = make_dataset(section, directory)
     assert {p.name for p in again.iterdir()} == {"train-00001.tar", "train-00002.tar"}
+    assert 1 <= round(metrics["shard/images_per_s"] * metrics["shard/seconds"]) <= 14 and manifest.read == 82  # its own work alone
     monkeypatch.undo()
     assert contents(directory) == contents_of(section, Storage(str(tmp_path / "whole"))) and manifest.written == 80
 
