@@ -10,6 +10,7 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -19,13 +20,13 @@ from pipeline.config.shard import Fetch
 from pipeline.core.errors import DataError, StorageError
 from pipeline.shards.dropped import Dropped
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable, stamp_of
-from pipeline.shards.sources.files import find_files
+from pipeline.shards.sources.files import explained, find_files
 from pipeline.shards.tars import Tape, read_blocks
 
 _READERS = 8  # samples read at once
 _AHEAD = 16
 _SUFFIXES = ("tar", "tgz")
-_GUESS = 100_000  # bytes of a sample, before a tar is read
+_GUESS = 100_000  # bytes of a sample that is longer than the part of a tar which is looked at
 
 
 class TarSource(Source):
@@ -45,11 +46,20 @@ class TarSource(Source):
         return [Part(name, size) for name, size in files]
 
     def survey(self) -> Survey:
-        """By the index beside the first of them; where there is none, by the number of bytes."""
+        """By the index beside the first of them; where there is none, by its first samples."""
         parts = self.parts()
         total, index = sum(p.bytes for p in parts), self._index(parts[0])
-        rows = max(1, total // _GUESS if index is None else round(len(index) * total / max(1, parts[0].bytes)))
+        rows = max(1, round(total / (self._mean_bytes(parts[0]) if index is None else parts[0].bytes / max(1, len(index)))))
         return Survey(rows, len(parts), total / rows, 0, False, stamp_of(parts))
+
+    def _mean_bytes(self, part: Part) -> float:
+        """Of a sample, by those in the first block of a tar."""
+        from pipeline.shards.index import TarIndex  # which knows how samples are made
+
+        index = TarIndex()
+        with explained(part.name):
+            index.read(Tape(islice(read_blocks(self.storage, part.name), 1)))
+        return (index.rows[-1]["offset"] + index.rows[-1]["length"]) / len(index.rows) if index.rows else _GUESS
 
     def rows(self, part: Part) -> Iterator[Item | Lost | Ignored]:
         from pipeline.shards.index import TarIndex  # which knows how samples are made

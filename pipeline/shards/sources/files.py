@@ -83,6 +83,10 @@ def kind_of(name: str) -> str:
     return words[-1] if len(words) > 1 else ""
 
 
+def is_packed(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in _COMPRESSIONS
+
+
 def each(action: Callable[[T], U], files: Sequence[T]) -> list[U]:
     """The result of `action` for each file, several at once.
 

@@ -21,12 +21,14 @@ from pipeline.shards.sources.files import (
     each,
     explained,
     find_files,
+    is_packed,
     kind_of,
     open_parquet,
     read_rows,
 )
 
 _SAMPLED = 1000  # rows by which the length of a CSV is estimated
+_PACKED = 4  # times as many bytes has a compressed one when it is unpacked, about; with too few rows expected, tasks would get too many
 
 
 class TableFiles(Source):
@@ -82,7 +84,7 @@ class TableFiles(Source):
                 sample = list(islice(read_rows(self.storage, unknown[0].name, unknown[0].bytes), _SAMPLED))
             whole = len(sample) < _SAMPLED and len(unknown) == 1
             length = sum(len(str(v)) + 1 for row in sample for v in (row.values() if isinstance(row, dict) else ())) or 1
-            rows += len(sample) if whole else round(sum(p.bytes for p in unknown) / max(1, length / max(1, len(sample))))
+            rows += len(sample) if whole else round(sum(map(_bytes, unknown)) / max(1, length / max(1, len(sample))))
             return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), whole, stamp_of(parts))
         return Survey(rows, len(parts), self.mean_bytes(), len(self.classes()), True, stamp_of(parts))
 
@@ -95,6 +97,10 @@ class TableFiles(Source):
                 f"shard.source.url: {part.name} changed while it was read: {part.rows:,} rows when it was listed, {seen:,} now; "
                 "run the same command again"
             )
+
+
+def _bytes(part: Part) -> int:
+    return part.bytes * (_PACKED if is_packed(part.name) else 1)
 
 
 class UrlSource(TableFiles):

@@ -146,6 +146,8 @@ def test_a_csv_of_many_blocks_is_estimated(tmp_path: Path) -> None:
     survey = source.survey()
     assert not survey.exact and survey.rows == pytest.approx(150_000, rel=0.1)
     assert [i.path for i in items(source)] == [line.split(",")[0] for line in lines]
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    assert UrlSource(str(tmp_path / "*.csv.gz"), {}).survey().rows > 60_000  # lines this alike are packed to a seventh
 
 
 def test_which_files_a_url_names(tmp_path: Path) -> None:
@@ -286,6 +288,7 @@ def test_tars(tmp_path: Path, make_dataset: Callable[..., Manifest]) -> None:
     source = TarSource(f"{tmp_path}/in/*.tar")
     assert [p.name for p in source.parts()] == ["train-00000.tar", "train-00001.tar", "train-00002.tar"]
     assert items(source) == expected and len(expected) == 30
+    assert 25 <= with_index.survey().rows <= 35 and 25 <= source.survey().rows <= 35
     for index, files in source.fetch(expected[::-1], Fetch(), 2**20, 1):
         number = 29 - index
         assert isinstance(files, Files)
