@@ -11,6 +11,6 @@ fetcher.py     URLs in, images or reasons out
 """
 
 from pipeline.shards.fetch.answers import Fetched
-from pipeline.shards.fetch.fetcher import Fetcher
+from pipeline.shards.fetch.fetcher import Fetcher, rules_of
 
-__all__ = ["Fetched", "Fetcher"]
+__all__ = ["Fetched", "Fetcher", "rules_of"]

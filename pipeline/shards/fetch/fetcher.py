@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,14 +26,21 @@ T = TypeVar("T")
 Result = tuple[int, Fetched | Dropped]
 
 
+@lru_cache(maxsize=4)
+def rules_of(agent: str) -> robots.RulesCache:
+    """What this process knows of robots.txt as `agent`: for all of its downloads, of which each shard is one."""
+    return robots.RulesCache()
+
+
 class Fetcher:
     """Downloads for one worker: a context manager, used from synchronous code, for one `fetch` at a time. What it knows of hosts (names,
     robots.txt, pauses, open connections) stays from one to the next."""
 
-    def __init__(self, config: Fetch, max_bytes: int, share: int = 1, room: int = LIMIT) -> None:
+    def __init__(self, config: Fetch, max_bytes: int, share: int = 1, room: int = LIMIT, rules: robots.RulesCache | None = None) -> None:
         """`max_bytes` of one image; `share`: of how many workers this is one, since the rate is theirs together; `room`: bytes that wait
-        to be taken before nothing more is asked for."""
+        to be taken before nothing more is asked for; `rules`: what others before it have read of robots.txt, see `rules_of`."""
         self._config, self._max_bytes, self._share, self._room = config, max_bytes, share, room
+        self._rules = robots.RulesCache() if rules is None else rules
 
     def __enter__(self) -> Fetcher:
         self._loop = asyncio.new_event_loop()
@@ -51,6 +59,7 @@ class Fetcher:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._rules.forget_failures()
 
     def fetch(self, urls: Sequence[str]) -> Iterator[Result]:
         """(index into `urls`, image or reason), each URL once, in the order of arrival. Whoever takes them slowly makes it ask slowly;
@@ -85,7 +94,7 @@ class Fetcher:
         config = self._config
         budget = Budget(self._room)
         client = Client(Guard(config.allow), budget, config.agent, config.opt_out, config.timeout.seconds)
-        return Known(client, budget, Hosts(), robots.RulesCache())
+        return Known(client, budget, Hosts(), self._rules)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

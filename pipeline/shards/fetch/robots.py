@@ -78,6 +78,11 @@ class RulesCache:
         while self._size > _ROOM:
             self._remove(next(iter(self._rules)))
 
+    def forget_failures(self) -> None:
+        """What could not be read; the next download asks again."""
+        for origin in [origin for origin, (rules, _) in self._rules.items() if rules.reason is not None]:
+            self._remove(origin)
+
     def _remove(self, origin: str) -> None:
         found = self._rules.pop(origin, None)
         self._size -= 0 if found is None else _cost(found[0])

@@ -138,8 +138,8 @@ class UrlSource(TableFiles):
         self.check_rows(part, number + 1)
 
     def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
-        from pipeline.shards.fetch import Fetcher  # its client is of no use to other sources
+        from pipeline.shards.fetch import Fetcher, rules_of  # its client is of no use to other sources
 
-        with Fetcher(settings, max_bytes, share) as fetcher:
+        with Fetcher(settings, max_bytes, share, rules=rules_of(settings.agent)) as fetcher:
             for index, fetched in fetcher.fetch([item.path for item in items]):
                 yield index, fetched if isinstance(fetched, Dropped) else Files(fetched.data, {})

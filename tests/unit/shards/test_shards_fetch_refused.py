@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.shards.fetch import Fetched
 from pipeline.shards.images import Dropped
+from pipeline.shards.sources import Item, UrlSource
 from tests.hostile import Hostile, hostile_server, witness
-from tests.unit.shards.fetching import IMAGE, fetched, reason
+from tests.unit.shards.fetching import IMAGE, LONGEST, config, fetched, reason
 
 SPELLINGS = ["127.0.0.2", "0x7f000002", "2130706434", "127.2", "0177.0.0.2", "[::ffff:127.0.0.2]", "[::ffff:7f00:2]"]
 
@@ -92,6 +93,20 @@ def test_robots_txt_is_asked_for_once_and_obeyed(web: Hostile) -> None:
     assert web.seen[0].path == "/robots.txt" and not any("secret" in path for path in web.paths())
     web.seen.clear()
     assert reason(web.url("good/secret/x"), robots=False) == "ok" and len(web.seen) == 1
+
+
+def test_what_was_read_of_robots_txt_serves_all_shards(web: Hostile) -> None:
+    source = UrlSource("list.csv", {})
+
+    def shard(*names: str) -> list[str]:
+        items = [Item(web.url(f"good/{name}"), 0) for name in names]
+        return [f.reason if isinstance(f, Dropped) else "ok" for _, f in source.fetch(items, config(agent="reader"), LONGEST, 1)]
+
+    web.robots = 500
+    assert shard("a", "b") == ["robots", "robots"]
+    web.robots, before = b"User-agent: *\nDisallow: /good/secret\n", len(web.seen)
+    assert shard("a") == shard("b") == ["ok"] and shard("secret") == ["robots"]  # what could not be read was asked for again
+    assert [s.path for s in web.seen[before:]] == ["/robots.txt", "/good/a", "/good/b"]
 
 
 @pytest.mark.parametrize(("status", "expected"), [(404, "ok"), (403, "ok"), (401, "ok"), (500, "robots"), (503, "robots"), (429, "robots")])
