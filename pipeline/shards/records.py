@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.core.storage import Storage
 
 _READERS = 32  # records read at once
-_AHEAD = 4096
+_AHEAD = 256  # records held at once; one that names a thousand dropped images takes half a megabyte
 
 EARLIER = "earlier"  # a key of what was read from a record
 Result = dict[str, Any]
