@@ -285,7 +285,7 @@ class _Stages:
 
     def _shard(self) -> None:
         directory = self.run.directory / "shards"
-        with self._stage("shard") as tracker, self._timed("shard", "folder to shards"):
+        with self._stage("shard") as tracker, self._timed("shard", "source to shards"):
             has_trained = _has_trained(self.config)
             manifest, metrics = make_dataset(self.config, directory, grow=not has_trained)
             tracker.tags({"dataset.hash": manifest.hash})

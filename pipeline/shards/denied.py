@@ -24,8 +24,8 @@ _VERSION = re.compile(r"-v\d+$")
 
 @dataclass(frozen=True)
 class Denied:
-    """The list `name` leaves out `samples`; other lists may leave them out too. `exact` and `near` say how many of these are equal files
-    and near pictures, where its maker counted."""
+    """The list `name` leaves out `samples`, an image in two evaluation sets counted twice; other lists may leave them out too. `exact` and
+    `near` say how many of these are equal files and near pictures, where its maker counted."""
 
     name: str
     samples: int

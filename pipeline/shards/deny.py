@@ -1,8 +1,9 @@
 """Deny-lists of a dataset: `deny/<name>.parquet`, keys whose samples are left out as it is read. Shards stay as they are.
 
-A list has a row a key, sorted, with the column `key` and further ones that say why. It is written whole or not at all, the same bytes
-whatever order its rows came in, and holds in its footer what it was made of, so that it need not be made again. It may be of any length:
-rows are sorted in runs that go to the disk, and the runs are merged a stretch of keys at a time.
+A list has the column `key`, sorted, and further ones that say why: a row a reason, so an image in two evaluation sets has two rows. It is
+written whole or not at all, the same bytes whatever order its rows came in, and holds in its footer what it was made of, so that it need
+not be made again. It may be of any length: rows are sorted in runs that go to the disk, and the runs are merged a stretch of keys at a
+time.
 
 A list that was worked out for version n of a dataset is called `<name>-v<n>`, for the first one `<name>` alone. A version has of each name
 the list of its own or of the newest version before it, so that what comes later changes nothing of an earlier version. A takedown holds for
