@@ -125,6 +125,9 @@ class UrlSource(TableFiles):
                 yield Lost(where, "no-url", f"row {number} of {part.name} has no URL")
                 continue
             caption, label, key = take_known(row, chosen)
+            if "key" in chosen and key is None:  # keys of two kinds in one dataset, and takedowns by URL would miss some
+                yield Lost(where, "no-key", f"row {number} of {part.name} has nothing in its column {chosen['key']!r}")
+                continue
             class_name, class_id = as_label(as_number(label) if is_text else label)
             yield Item(
                 url.strip(),

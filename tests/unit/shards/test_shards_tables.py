@@ -119,6 +119,15 @@ def test_columns_without_a_name_mean_nothing(tmp_path: Path) -> None:
     ]
 
 
+def test_a_row_without_its_key_is_a_reason(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"url": ["u1", "u2", "u3"], "uid": ["x", None, "z"]})
+    found = rows(UrlSource(str(tmp_path), {"key": "uid"}))
+    assert [(i.key, i.identity) for i in found if isinstance(i, Item)] == [("x", "x"), ("z", "z")]
+    assert [i for i in found if isinstance(i, Lost)] == [
+        Lost("a.parquet#1", "no-key", "row 1 of a.parquet has nothing in its column 'uid'")
+    ]
+
+
 def test_whole_numbers_with_gaps_are_labels(tmp_path: Path) -> None:
     """A column of whole numbers, some of which are missing, is one of floats in many tables."""
     write(tmp_path / "a.parquet", {"url": ["u1", "u2", "u3", "u4"], "label": [3.0, None, 0.5, float("nan")]})
