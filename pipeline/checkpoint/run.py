@@ -40,6 +40,12 @@ _FREE = (
     "pretrain.loader.bad",
     "pretrain.loader.cache",
     "shard.workers",
+    "shard.fetch",
+    # What is done to finished shards; a run that has begun to train keeps what it began with.
+    "shard.duplicates",
+    "shard.contamination",
+    "shard.scores",
+    "shard.takedown",
 )
 
 # What Tessera itself puts into a run directory; shards may be there before the run is, and stay after --fresh.

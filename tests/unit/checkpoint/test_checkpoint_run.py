@@ -147,5 +147,23 @@ def test_a_run_with_its_own_shards(tmp_path: Path) -> None:
     assert run_directory(parse_config(values)).url == f"{tmp_path}/t"
 
 
+def test_downloads_and_what_is_done_to_finished_shards_may_change(tmp_path: Path) -> None:
+    def config(**changes: Any) -> Config:
+        source = {"format": "urls", "url": "list.csv"}
+        return parse_config({"name": "web", "storage": str(tmp_path), "shard": {"source": source, "images": {"hash": True}, **changes}})
+
+    first = claim_run(config())
+    changes = {
+        "fetch": {"rate": 2, "connections": 8},
+        "duplicates": {"near": 4},
+        "contamination": ["s3://lab/test"],
+        "scores": [{"column": "a", "function": "b.c"}],
+        "takedown": ["list.txt"],
+    }
+    assert claim_run(config(workers=2, **changes)).id == claim_run(config()).id == first.id
+    with pytest.raises(ConfigError, match=r"differs in shard.images.min_pixels, shard.text.required; choose"):
+        claim_run(config(images={"hash": True, "min_pixels": 9}, text={"required": True}))
+
+
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1], "e": None}) == {"a.b": 1, "a.c": {}, "d": [1], "e": None}
