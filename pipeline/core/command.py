@@ -35,7 +35,7 @@ def run_rank(main: Callable[[], object]) -> NoReturn:
     """Run `main`, and end this process with its exit code, without taking Python down before.
 
     One of gloo's threads may let go of the last collective's tensor while that happens, and then the process aborts, whatever its exit code
-    was to be (torch 2.13): on a busy machine one of five processes that end right after a collective. Functions of `atexit` are called.
+    was to be (torch 2.13): on a busy machine one of eight processes that end right after a collective. Functions of `atexit` are called.
     """
     code = 1
     try:
