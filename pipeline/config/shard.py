@@ -65,7 +65,7 @@ class Fetch(Section):
     """How the images of `urls` are downloaded. Proxies, cookies and credentials are not used."""
 
     connections: Count = Field(128, description="requests under way, of one worker")
-    per_host: Count = Field(8, description="of these to one host")
+    per_host: Count = Field(8, description="requests under way to one host, of all workers together, but one of each")
     rate: Positive | None = Field(None, description="requests a second to one host, of all workers together; default: as per_host allows")
     timeout: Time = Field(units.Duration(20, "second"), description="of one request, from its beginning to the last byte")
     retries: Annotated[int, Field(ge=0)] = Field(

@@ -19,6 +19,9 @@ class Dropped:
     detail: str
 
 
+UNANSWERED = frozenset({"dns", "refused", "reset", "timeout", "unreachable"})  # reasons of downloads of which nothing came back
+
+
 class Drop(Exception):
     """Raised where it is found; carries what is then returned."""
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config.shard import Fetch, Shard
+from pipeline.core.errors import InfrastructureError
 from pipeline.core.storage import Storage
-from pipeline.shards.dropped import Dropped
+from pipeline.shards.dropped import UNANSWERED, Dropped
 from pipeline.shards.manifest import NAMED
 from pipeline.shards.samples import Recipe, Sample, make_sample, printable
 from pipeline.shards.shuffle import Rule, first_rows, read_rows
@@ -19,6 +20,7 @@ from pipeline.shards.sources import Item, Source
 from pipeline.shards.writer import write_shard
 
 PROBED = 256  # rows
+_MANY = 100  # rows of a shard; where not one of so many is answered, it is the network that is away, not they
 _HELD = 1 << 28  # bytes of finished samples that wait in memory for those before them; further ones wait in a file
 _HEADERS = 2048  # bytes of a sample in a tar beside its members, about
 
@@ -52,6 +54,9 @@ def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filli
                 drops.append({"file": printable(rows[index][1].path), "reason": sample.reason, "detail": printable(sample.detail)})
             else:
                 yield sample
+        if len(rows) >= _MANY and sum(dropped[reason] for reason in UNANSWERED) == len(rows):
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
+            raise InfrastructureError(f"none of its {len(rows):,} URLs was answered ({reasons}): this machine may have no network")
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise

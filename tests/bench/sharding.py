@@ -64,7 +64,7 @@ def write_config(path: Path, urls: Path, out: Path) -> None:
                     "images": {"resize": {"side": "shorter", "pixels": PIXELS}, "quality": 95, "subsampling": "420"},
                     "workers": CORES,
                     "samples": PER_SHARD,
-                    "fetch": {"per_host": 32, "allow": ["127.0.0.1"]},
+                    "fetch": {"per_host": 64, "allow": ["127.0.0.1"]},
                 },
             }
         )

@@ -37,7 +37,8 @@ class Fetcher:
     robots.txt, pauses, open connections) stays from one to the next."""
 
     def __init__(self, config: Fetch, max_bytes: int, share: int = 1, room: int = LIMIT, rules: robots.RulesCache | None = None) -> None:
-        """`max_bytes` of one image; `share`: of how many workers this is one, since the rate is theirs together; `room`: bytes that wait
+        """`max_bytes` of one image; `share`: of how many workers this is one, since what a host is asked at once, and the rate, are theirs
+        together; `room`: bytes that wait
         to be taken before nothing more is asked for; `rules`: what others before it have read of robots.txt, see `rules_of`."""
         self._config, self._max_bytes, self._share, self._room = config, max_bytes, share, room
         self._rules = robots.RulesCache() if rules is None else rules

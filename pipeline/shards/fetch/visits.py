@@ -61,6 +61,7 @@ class Run:
     def __init__(self, config: Fetch, longest: int, share: int, deliver: Deliver) -> None:
         self._config, self._longest, self._deliver = config, longest, deliver
         self._interval = share / config.rate if config.rate else 0.0
+        self._per_host = max(1, config.per_host // share)
         self._patience = config.patience.seconds
         self._token = robots.product_token(config.agent)
         self._parked: dict[str, list[Visit]] = {}  # by the origin whose robots.txt they wait for
@@ -74,7 +75,7 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._known, self._left = known, len(urls)
         known.hosts.forget(self._loop.time())
-        self._queue: Queue[Visit] = Queue(known.hosts, self._config.per_host, self._interval, known.budget.room)
+        self._queue: Queue[Visit] = Queue(known.hosts, self._per_host, self._interval, known.budget.room)
         if not urls:
             return
         async with asyncio.TaskGroup() as group:
@@ -131,7 +132,7 @@ class Run:
             answer = await self._known.client.get(visit.url, longest, last=last and not is_rules, cut=is_rules)
         except Failed as failed:
             if failed.reason in _ANSWERED:
-                host.answer(self._config.per_host)
+                host.answer(self._per_host)
             elif failed.again:
                 host.no_answer(failed.reason, failed.connected, self._loop.time())
             self._fail(visit, failed)
@@ -139,7 +140,7 @@ class Run:
         if answer.status in _OVERLOADED:
             host.overloaded(http_reason(answer.status), answer.retry_after, self._patience, self._loop.time())
         else:
-            host.answer(self._config.per_host)
+            host.answer(self._per_host)
         self._judge(visit, answer)
 
     def _judge(self, visit: Visit, answer: Answer) -> None:

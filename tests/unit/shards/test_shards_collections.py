@@ -19,10 +19,10 @@ from PIL import Image
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import DataError, InfrastructureError, StorageError
 from pipeline.core.storage import Storage
-from pipeline.shards import job, plan
+from pipeline.shards import job, plan, tasks
 from pipeline.shards.fill import fill_shard
 from pipeline.shards.job import make_dataset
-from pipeline.shards.manifest import Manifest, read_manifest
+from pipeline.shards.manifest import Manifest, find_manifest, read_manifest
 from pipeline.shards.table import ShardTable
 from pipeline.stream.reader import open_dataset
 from tests.hostile import Hostile, hostile_server
@@ -93,6 +93,19 @@ def test_urls(web: Hostile, image: bytes, tmp_path: Path, small_ranges: None) ->
         assert (sample["jpg"], sample["txt"].decode(), int(sample["cls"])) == (image, row["TEXT"], row["label"])
         assert json.loads(sample["json"])["similarity"] == row["similarity"]
     assert len({s["shard"] for s in samples(directory)}) >= 5
+
+
+def test_a_network_that_is_away_drops_nothing(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead links are dropped, but where nobody at all answers, nothing is decided: the same command asks them again."""
+    monkeypatch.setattr(tasks, "_ATTEMPTS", 1)
+    source = {
+        "format": "urls",
+        "url": str(urls(tmp_path / "in.parquet", [{"url": f"http://127.0.0.2:{free_port}/{n}"} for n in range(120)])),
+    }
+    directory = Storage(str(tmp_path / "out"))
+    with pytest.raises(InfrastructureError, match=r"train-00000.tar: none of its 120 URLs was answered \(120 refused\)"):
+        make_dataset(config(source, samples=1000, splits={"train": 1.0}, fetch={"allow": ["127.0.0.2"]}), directory)
+    assert find_manifest(directory) is None and not (directory / ".plan/v1/fill").names()
 
 
 def test_shards_of_urls_get_their_size_by_a_probe(web: Hostile, image: bytes, tmp_path: Path) -> None:
