@@ -59,7 +59,7 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
                 raise
             where = f"storage {directory.url}" if directory.is_local else folder
             other = "" if directory.is_local else " (TMPDIR names another place)"
-            raise StorageError(f"{where}: cannot write the shard {name} here, the disk is full{other}") from e
+            raise StorageError(f"{where}: cannot write, the disk is full: {name} does not fit{other}") from e
         if not keys:
             directory.remove(name)  # of an attempt that was killed, to which hosts had answered otherwise
             return None
@@ -78,7 +78,9 @@ def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: boo
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as pool:
 
         def keep(block: bytes) -> None:
-            assert file.write(block) == len(block)
+            left = memoryview(block)
+            while left:  # where the disk is nearly full a part is written, and the next attempt says so
+                left = left[file.write(left) :]
             digest.update(block)
 
         def passing() -> Iterator[bytes]:

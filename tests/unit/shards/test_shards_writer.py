@@ -133,7 +133,7 @@ def test_what_cannot_be_indexed_is_not_published(tmp_path: Path, samples: list[S
 
 @pytest.mark.parametrize(
     ("url", "told"),
-    [("", "storage .*: cannot write the shard a.tar here, the disk is full$"), ("s3://b/c", "here, the disk is full .TMPDIR")],
+    [("", "storage .*: cannot write, the disk is full: a.tar does not fit$"), ("s3://b/c", "a.tar does not fit .TMPDIR")],
 )
 def test_a_full_disk_is_one_sentence(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, url: str, told: str) -> None:
     def full(*_: object) -> None:
