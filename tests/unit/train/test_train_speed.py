@@ -39,12 +39,14 @@ def test_each_second_is_of_the_innermost_kind() -> None:
     time.sleep(0.03)
     row, whole = clock.read(1e9, World()), time.perf_counter() - began
     expected = {"input": 0.05, "other": 0.03, "checkpoint": 0.08, "validation": 0.1, "compute": 0.03, "communication": 0.0}
-    assert {kind: 2 * row[f"time/{kind}"] for kind in KINDS} == pytest.approx(expected, abs=0.02)
-    assert 2 * sum(row[f"time/{kind}"] for kind in KINDS) == pytest.approx(2 * row["time/step"]) == pytest.approx(whole, abs=2e-3)
-    assert row["train/images_per_s"] == pytest.approx(120 / (whole - 0.18), rel=0.1), "without validation and checkpoint"
+    found = {kind: 2 * row[f"time/{kind}"] for kind in KINDS}
+    assert all(found[kind] >= least for kind, least in expected.items()), "sleeps last longer at times, and never less"
+    assert sum(expected.values()) <= sum(found.values()) == pytest.approx(2 * row["time/step"]) and 2 * row["time/step"] <= whole
+    training = found["input"] + found["compute"] + found["communication"] + found["other"]
+    assert row["train/images_per_s"] == pytest.approx(120 / training), "without validation and checkpoint"
     assert row["train/tflops_per_s"] == pytest.approx(row["train/images_per_s"] * 1e9 / 1e12)
-    assert row["train/data_wait_fraction"] == pytest.approx(0.05 / (whole - 0.18), rel=0.1)
-    assert clock.waited == pytest.approx(0.05, abs=0.02) and "train/mfu" not in row and "slowest/rank" not in row
+    assert row["train/data_wait_fraction"] == pytest.approx(found["input"] / training)
+    assert clock.waited == pytest.approx(found["input"]) and "train/mfu" not in row and "slowest/rank" not in row
     assert clock.read(1e9, World())["train/images_per_s"] == 0
 
 
@@ -84,7 +86,8 @@ def test_on_a_device_that_works_beside_the_host_exposed_waits_are_taken_from_com
     with clock.beside():
         time.sleep(0.1)
     row = clock.read(0, World())
-    assert (row["time/communication"], row["time/other"]) == (0.03, 0) and row["time/compute"] == pytest.approx(0.07, abs=0.02)
+    assert (row["time/communication"], row["time/other"]) == (0.03, 0)
+    assert row["time/compute"] == pytest.approx(row["time/step"] - 0.03) and row["time/compute"] >= 0.07
     clock.exposed = lambda: 5.0  # events of streams that ran beside each other
     row = clock.read(0, World())
     assert row["time/compute"] == 0 and row["time/communication"] == row["time/step"]
