@@ -129,7 +129,7 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
         own = str(config.data[0].url) if config.data and not _data_urls(config) & coming else None
         check_data(p, own, lambda url: look_up(url, endpoint))
         check_teacher(p, classes, endpoint)
-    if p and is_to_run and (fresh or not Checkpoints(run_directory(config)).steps()):  # with checkpoints of its own a run needs no other
+    if p and is_to_run and (fresh or not _has_trained(config)):  # with checkpoints of its own a run needs no other
         named = named_inputs(p, endpoint, None if fresh else run_directory(config))
         if p.start:
             check_start(p.start.from_, p.start.load, lambda n: build(p.model.name, options_of(p, n, named), device="meta"), endpoint)

@@ -13,7 +13,7 @@ SUB_GROUP = 1_000_000_000
 MAX_LIVE = 1_000_000_000
 PREFETCH_BUCKET = 50_000_000
 PERSISTENCE = 100_000
-SUM_BUCKET = 25 * 2**20 // 4  # numbers; of gradients that are summed beside the backward pass (train/overlap.py)
+SUM_BUCKET = 25 * 2**20 // 4  # numbers; of gradients that are summed where they lie (train/overlap.py)
 HEAP_BELOW = 32 * 2**20  # bytes; on a CPU, smaller tensors of a step lie in glibc's heap, which keeps what is freed (train/heap.py)
 # What is neither ours nor torch's to account for: on a CPU libraries' work space and Python's objects (measured once the engine was there:
 # 0.08 to 0.12 GiB); on a GPU CUDA's context and NCCL's channels (about 0.5 and 1 GiB, not measured here).

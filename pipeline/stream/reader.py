@@ -150,8 +150,9 @@ class Dataset:
             if zlib.crc32(data) == index.crc32[row]:
                 return index.sample(row, data)
         name, key, length = self.shards[shard].name, index.keys[row].as_py(), int(index.length[row])
-        short = len(data) < length
-        raise BadSample(name, key, *(("truncated", f"{len(data)} of {length} bytes") if short else ("checksum", "its crc32 differs")))
+        if len(data) < length:
+            raise BadSample(name, key, "truncated", f"{len(data)} of {length} bytes")
+        raise BadSample(name, key, "checksum", "its crc32 differs")
 
     def key_of(self, number: int) -> str:
         """Raises BadSample where the shard's index is gone."""
