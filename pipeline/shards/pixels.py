@@ -72,12 +72,19 @@ class Change:
         return np.ascontiguousarray(pixels)
 
 
+def prepare() -> None:
+    """Import what resizes, torch, which takes seconds: before hosts wait for us, and only where something is resized."""
+    import pipeline.shards.resample
+
+    assert pipeline.shards.resample
+
+
 def _resize(pixels: np.ndarray, whole: Size, size: Size) -> np.ndarray:
     """Bicubic and antialiased; `whole` is the size of the image at full scale."""
     (width, height), have = size, (pixels.shape[1], pixels.shape[0])
     if have == size and have == whole:
         return pixels
-    import torch  # takes seconds, and many datasets are written without
+    import torch  # see `prepare`
 
     from pipeline.shards.resample import resize_into
 

@@ -1,8 +1,8 @@
 """One tar shard and its index: written, indexed by the bytes as they are written, and only then published.
 
 The tar is what webdataset's TarWriter writes, byte for byte (`tests/unit/shards/test_shards_tar_properties.py`), in less time:
-no time, no owner, a sample's members in order of their names. Its bytes go to a file, and at the same time through what reads
-any tar (`index.py`), which makes the rows.
+no time, no owner, a sample's members in order of their names. Rows of the index are made as the bytes are, by what makes
+those of any tar (`index.py`), which is told here where members lie, and need not look for them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import os
 import tarfile
 import tempfile
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from pipeline.core.storage import Storage
 from pipeline.shards.index import TarIndex, index_schema, smallest
 from pipeline.shards.manifest import ShardRecord, table_bytes
 from pipeline.shards.samples import Sample
-from pipeline.shards.tars import Tape, header
+from pipeline.shards.tars import header
 
 _BLOCK = 1 << 20  # bytes that are written at once
 _AHEAD = 8  # blocks indexed and not yet written
@@ -74,54 +75,67 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
 
 def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: bool, hashed: bool) -> tuple[list[dict[str, Any]], int, str]:
     """(rows of the index, bytes, sha256) of the tar; `keys` gets those of the samples."""
-    digest, index, failed = hashlib.sha256(), TarIndex(hashed=hashed), list[BaseException]()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as pool:
+    digest, index, digests = hashlib.sha256(), TarIndex(hashed=hashed), list[str]()
+    under_way = deque[tuple[Future[None], Future[list[str]]]]()
 
-        def keep(block: bytes) -> None:
-            left = memoryview(block)
-            while left:  # where the disk is nearly full a part is written, and the next attempt says so
-                left = left[file.write(left) :]
-            digest.update(block)
+    def keep(block: bytes) -> None:
+        left = memoryview(block)
+        while left:  # where the disk is nearly full a part is written, and the next attempt says so
+            left = left[file.write(left) :]
+        digest.update(block)
 
-        def passing() -> Iterator[bytes]:
-            keeping, syncing, unsynced = deque[Future[None]](), Future[None](), 0
-            syncing.set_result(None)
-            try:
-                for block in _blocks(samples, keys):
-                    keeping.append(pool.submit(keep, block))
-                    yield block
-                    if len(keeping) > _AHEAD:
-                        keeping.popleft().result()
-                    unsynced += len(block)
-                    if sync and unsynced >= _SYNCED and syncing.done():
-                        syncing.result()
-                        syncing, unsynced = disk.submit(os.fdatasync, file.fileno()), 0
-                for future in (*keeping, syncing):
-                    future.result()
-            except BaseException as e:  # noqa: BLE001  raised below; not to be mistaken for a damaged tar by what reads this
-                failed.append(e)
+    def settle(most: int) -> None:
+        while len(under_way) > most:
+            kept, hashed_images = under_way.popleft()
+            kept.result()
+            digests.extend(hashed_images.result())
 
-        # One thread for all of Python's work, else they would wait for each other; the others write, hash and sync whole blocks.
-        tape = Tape(passing(), hashed=False)
-        end = index.read(tape)
-        tape.drain()
-    if failed:
-        raise failed[0]
-    assert end.kind == "whole" and not index.dropped, f"{path.name}: {end}, {index.dropped[:1]}"
-    return index.rows, tape.position, digest.hexdigest()
+    # This thread does all of Python's work, else threads would wait for each other; the others write, hash and sync whole blocks.
+    size, synced, syncing = 0, 0, Future[None]()
+    syncing.set_result(None)
+    with (
+        path.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as disk,
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        for block, images in _blocks(samples, keys, index):
+            size += len(block)
+            under_way.append((writer.submit(keep, block), hasher.submit(_digests, images)))
+            settle(_AHEAD)
+            if sync and size - synced >= _SYNCED and syncing.done():
+                syncing.result()
+                syncing, synced = disk.submit(os.fdatasync, file.fileno()), size
+        settle(0)
+        syncing.result()
+    assert not index.dropped, f"{path.name}: {index.dropped[:1]}"
+    rows = [{**row, "sha256": of_image} for row, of_image in zip(index.rows, digests, strict=True)]
+    return rows, size, digest.hexdigest()
 
 
-def _blocks(samples: Iterable[Sample], keys: list[str]) -> Iterator[bytes]:
-    """The bytes of a tar with the end-of-archive marker, which fills its last record."""
-    pieces, held, size = list[bytes](), 0, 0
+def _digests(images: list[bytes]) -> list[str]:
+    return [hashlib.sha256(image).hexdigest() for image in images]
+
+
+def _blocks(samples: Iterable[Sample], keys: list[str], index: TarIndex) -> Iterator[tuple[bytes, list[bytes]]]:
+    """The bytes of a tar with the end-of-archive marker, which fills its last record, in blocks, each with the images that end in it;
+    `index` is told of each sample."""
+    pieces, images, begun, position = list[bytes](), list[bytes](), 0, 0  # `begun`: where the block at hand begins
     for sample in samples:
+        start, first, members = position, len(pieces), list[tuple[str, int, bytes]]()
         for suffix, data in sorted(sample.members().items()):
-            pieces += (header(f"{sample.key}.{suffix}", len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE))
-            held += tarfile.BLOCKSIZE * (1 + -(-len(data) // tarfile.BLOCKSIZE))
+            head, padding = header(f"{sample.key}.{suffix}", len(data)), bytes(-len(data) % tarfile.BLOCKSIZE)
+            members.append((suffix, position + len(head), data))
+            pieces += (head, data, padding)
+            position += len(head) + len(data) + len(padding)
+        crc = 0
+        for piece in pieces[first:]:
+            crc = zlib.crc32(piece, crc)
+        index.add(sample.key, members, start, position, crc)
         keys.append(sample.key)
-        if held >= _BLOCK:
-            yield (block := b"".join(pieces))
-            pieces, held, size = [], 0, size + len(block)
-    pieces.append(bytes(2 * tarfile.BLOCKSIZE))
-    size += sum(map(len, pieces))
-    yield b"".join([*pieces, bytes(-size % tarfile.RECORDSIZE)])
+        images.append(sample.image.data)
+        if position - begun >= _BLOCK:
+            yield b"".join(pieces), images
+            pieces, images, begun = [], [], position
+    end = position + 2 * tarfile.BLOCKSIZE
+    yield b"".join([*pieces, bytes(end - position + -end % tarfile.RECORDSIZE)]), images

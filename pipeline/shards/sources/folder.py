@@ -16,7 +16,8 @@ from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Sourc
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
 SIDE_SUFFIXES = frozenset({"txt", "cls", "json"})
 _READERS = 8  # files read at once: an object store answers each in tens of milliseconds
-_AHEAD = 16  # items read before they are needed
+_RUN = 4  # items that one thread reads one after another: less to hand over
+_AHEAD = 8  # runs read before they are needed
 
 
 class FolderSource(Source):
@@ -78,13 +79,17 @@ class FolderSource(Source):
         yield Ignored(ignored + len(others) - len(taken))
 
     def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
+        runs = [range(first, min(first + _RUN, len(items))) for first in range(0, len(items), _RUN)]
         with ThreadPoolExecutor(_READERS) as pool:
-            ahead: deque[Future[Files | Dropped]] = deque()
-            for index in range(len(items) + _AHEAD):
-                if index < len(items):
-                    ahead.append(pool.submit(self._read, items[index]))
-                if index >= _AHEAD and index - _AHEAD < len(items):
-                    yield index - _AHEAD, ahead.popleft().result()
+            ahead: deque[Future[list[Files | Dropped]]] = deque()
+            for number in range(len(runs) + _AHEAD):
+                if number < len(runs):
+                    ahead.append(pool.submit(self._read_all, [items[index] for index in runs[number]]))
+                if number >= _AHEAD and number - _AHEAD < len(runs):
+                    yield from zip(runs[number - _AHEAD], ahead.popleft().result(), strict=True)
+
+    def _read_all(self, items: Sequence[Item]) -> list[Files | Dropped]:
+        return [self._read(item) for item in items]
 
     def _read(self, item: Item) -> Files | Dropped:
         try:

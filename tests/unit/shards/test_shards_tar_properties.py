@@ -93,6 +93,7 @@ def test_the_index_points_at_the_bytes(made: list[Sample]) -> None:
             assert (tar[at : at + length] if at >= 0 else None) == data
             assert (at < 0) == (length < 0) == (data is None)
     assert not tar[end:].strip(b"\0") and len(tar) - end >= 1024
+    assert _index(tar)[1].rows == rows  # what is found by whoever reads the tar
 
 
 @_settings(max_examples=40)
