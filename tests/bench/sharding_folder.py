@@ -1,12 +1,13 @@
 """How fast a folder of JPEGs becomes shards where nothing has to be done to their pixels.
 
-    python -m tests.bench.sharding_folder [--pairs 5] [--images 12000] [--workers 1]
+    python -m tests.bench.sharding_folder [--pairs 5] [--images 12000] [--workers 1] [--scaling]
 
 Makes photographs of 300 to 800 pixels a side, 3,000 different ones under several names, and races, each in a process of its
 own, in turn, the page cache warm: a whole job on Ray with `images.check: ends`, against webdataset's TarWriter, which writes
 the same members of the same files and neither hashes, indexes nor syncs them; and one with `check: decode`, against libjpeg
 alone decoding the same files at full size in as many threads as there are workers. Counted is the time from the first sample
-written to the last shard published; `--only` prints that of the whole job, Ray being there already, beside it.
+written to the last shard published; `--only` prints that of the whole job, Ray being there already, beside it. `--scaling` races two
+workers that have two cores against one that has one: a worker counts as one core for Ray, and one that has two uses more than that.
 """
 
 from __future__ import annotations
@@ -164,9 +165,15 @@ def report(name: str, found: dict[str, list[float]], bound: str, goal: float) ->
 @click.option("--workers", default=1, show_default=True)
 @click.option("--check", type=click.Choice(["ends", "decode"]), help="Race this one alone.")
 @click.option("--only", help="One of these, in this process: ends, decode, tarwriter, bound.")
+@click.option("--scaling", is_flag=True, help="Two workers on two cores against one on one.")
+@click.option("--cores", type=int, help="How many this process may use.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the images are, or are made and stay.")
-def main(pairs: int, images: int, workers: int, check: str | None, only: str | None, folder: Path | None) -> None:
+def main(
+    pairs: int, images: int, workers: int, check: str | None, only: str | None, scaling: bool, cores: int | None, folder: Path | None
+) -> None:
     """See the head of this file."""
+    if cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     with tempfile.TemporaryDirectory(prefix="tessera-bench-") as scratch:
         folder = folder or Path(scratch, "images")
         if not folder.exists():
@@ -184,7 +191,13 @@ def main(pairs: int, images: int, workers: int, check: str | None, only: str | N
             return
         size = sum(path.stat().st_size for path in folder.glob("*/*.jpg"))
         print(f"{machine()}; {images:,} files, {size / 1e6:,.0f} MB, {workers} of Ray's workers")
-        each = [sys.executable, "-m", "tests.bench.sharding_folder", "--folder", str(folder), "--workers", str(workers), "--only"]
+        module = [sys.executable, "-m", "tests.bench.sharding_folder", "--folder", str(folder)]
+        if scaling:
+            for how in ("ends", "decode") if check is None else (check,):
+                one, two = ([*module, "--workers", n, "--cores", n, "--only", how] for n in ("1", "2"))
+                report(f"check: {how}, two workers", race(two, {"one worker": one}, pairs), "one worker", 1.8)
+            return
+        each = [*module, "--workers", str(workers), "--only"]
         for how, other, command, goal in (("ends", "TarWriter", "tarwriter", 0.70), ("decode", "libjpeg", "bound", 0.85)):
             if check in (None, how):
                 report(f"check: {how}", race([*each, how], {other: [*each, command]}, pairs), other, goal)
