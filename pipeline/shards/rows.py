@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,17 +36,39 @@ class Row:
     json: bytes | None = None
 
 
-def read_index(directory: Storage, index_name: str) -> pa.Table:
-    """The whole index of a shard. Raises DataError where it is missing or is none."""
-    try:
-        data = retrying(f"data {directory.url}/{index_name}", lambda: read_part(directory, index_name))
-        index = pq.read_table(io.BytesIO(data), use_threads=False)
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{index_name}: cannot be read ({e})") from e
-    lacking = [column for column in INDEX_SCHEMA.names if column not in index.column_names]
-    if lacking:
-        raise DataError(f"{index_name}: it has no column {lacking[0]!r}")
+def read_index(directory: Storage, index_name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The index of a shard: all of it, or those of `columns` that it has.
+
+    Raises:
+        DataError: it is missing, is none, or, where all of it is read, lacks a column that every index has.
+    """
+    where = f"data {directory.url}/{index_name}"
+    index = parse_index(index_bytes(directory, index_name), where, columns)
+    if columns is None:
+        check_columns(index, INDEX_SCHEMA.names, where)
     return index
+
+
+def index_bytes(directory: Storage, index_name: str) -> bytes:
+    """The file itself; a store that stutters is asked again. Raises DataError where it is missing."""
+    return retrying(f"data {directory.url}/{index_name}", lambda: read_part(directory, index_name))
+
+
+def parse_index(data: bytes, where: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """All columns, or those of `columns` that it has. Raises DataError where this is no Parquet."""
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        wanted = None if columns is None else [column for column in columns if column in file.schema_arrow.names]
+        return file.read(columns=wanted, use_threads=False)
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{where}: cannot be read ({e})") from e
+
+
+def check_columns(index: pa.Table, needed: Sequence[str], where: str) -> None:
+    """Raises DataError where one of the `needed` columns is not there."""
+    lacking = [column for column in needed if column not in index.column_names]
+    if lacking:
+        raise DataError(f"{where}: there is no column {lacking[0]!r}")
 
 
 def read_rows(directory: Storage, name: str, index: pa.Table, needs: frozenset[str], batch: int) -> Iterator[list[Row]]:

@@ -8,7 +8,6 @@ shard is a random share of it. Memory holds one histogram a quantity.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -17,16 +16,15 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.core.errors import DataError
 from pipeline.core.progress import Progress
-from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.deny import name_for
 from pipeline.shards.duplicates.phash import PHASH
 from pipeline.shards.histogram import Histogram
 from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardRecord, ShardTable
+from pipeline.shards.rows import check_columns, index_bytes, parse_index
 
 FORMAT = 1
 MOST_SHARDS = 4096  # whose indices are read: 20 million samples in shards of 5,000
@@ -186,7 +184,7 @@ def find_statistics(directory: Storage, manifest: Manifest) -> Statistics | None
         raise DataError(f"{where}: these are no statistics ({e!r}); once removed, they can be gathered anew") from e
     return (
         found
-        if found.index == hashlib.sha256(_index_bytes(directory, ShardTable(directory, version=manifest.version)[0])).hexdigest()
+        if found.index == hashlib.sha256(index_bytes(directory, ShardTable(directory, version=manifest.version)[0].index_name)).hexdigest()
         else None
     )
 
@@ -223,16 +221,11 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def _count(directory: Storage, record: ShardRecord) -> _Shard:
-    data = _index_bytes(directory, record)
+    data = index_bytes(directory, record.index_name)
     where = f"data {directory.url}/{record.index_name}"
-    try:
-        file = pq.ParquetFile(io.BytesIO(data))
-        index = file.read(columns=[*_READ, *_numbers(file.schema_arrow)], use_threads=False)
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{where}: cannot be read ({e})") from e
-    lacking = [name for name in _READ if name not in index.column_names]
-    if lacking:
-        raise DataError(f"{where}: there is no column {lacking[0]!r}")
+    index = parse_index(data, where)
+    check_columns(index, _READ, where)
+    index = index.select([*_READ, *_numbers(index.schema)])
     found = _Shard(len(index), digest=hashlib.sha256(data).hexdigest())
     for name, values in _measured({name: index[name].to_numpy().astype(np.float64) for name in _READ[1:]}):
         found.measures[name] = _Sum(_log_histogram(name))
@@ -252,14 +245,6 @@ def _measured(values: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]
     yield "aspect_ratio", values["width"] / values["height"]
     yield "image_bytes", values["image_length"]
     yield "caption_bytes", np.where(values["txt_length"] > 0, values["txt_length"], np.nan)
-
-
-def _index_bytes(directory: Storage, record: ShardRecord) -> bytes:
-    where = f"data {directory.url}/{record.index_name}"
-    try:
-        return retrying(where, lambda: directory.read(record.index_name))
-    except FileNotFoundError:
-        raise DataError(f"{where}: is missing") from None
 
 
 def _numbers(schema: pa.Schema) -> Sequence[str]:

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.core.errors import DataError, StorageError, nearest
 from pipeline.core.progress import Progress, say
-from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, ShardTable, read_manifest
+from pipeline.shards.rows import read_index
 from pipeline.shards.statistics import spread
 from pipeline.stream.decode import decode
 from pipeline.stream.index import Sample
@@ -76,18 +75,9 @@ def read_indices(
 
 
 def _read_index(directory: Storage, record: ShardRecord, columns: Sequence[str]) -> pa.Table:
-    where = f"data {directory.url}/{record.index_name}"
-    try:
-        # Not by way of the machine's cache: a look at all of them would push out what training has there.
-        file = pq.ParquetFile(io.BytesIO(retrying(where, lambda: directory.read(record.index_name))))
-        lacking = [name for name in INDEX_SCHEMA.names if name not in file.schema_arrow.names]
-        if lacking:
-            raise DataError(f"{where}: there is no column {lacking[0]!r}")
-        return file.read(columns=list(columns) or numeric(file.schema_arrow), use_threads=False)
-    except FileNotFoundError:
-        raise DataError(f"{where}: is missing") from None
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{where}: cannot be read ({e})") from e
+    # Not by way of the machine's cache: a look at all of them would push out what training has there.
+    index = read_index(directory, record.index_name)
+    return index.select([name for name in columns or numeric(index.schema) if name in index.column_names])
 
 
 def open_split(url: str, split: str | None, endpoint: str | None) -> Dataset:

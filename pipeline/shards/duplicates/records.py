@@ -6,7 +6,6 @@ within a split shards come by number and rows as they lie. So what a later versi
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.core.errors import DataError
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.shards.digests import halves, parse_digests
 from pipeline.shards.duplicates.phash import PHASH, perceptual_hash
-from pipeline.shards.manifest import ShardTable, read_manifest, read_part
+from pipeline.shards.manifest import ShardTable, read_manifest
+from pipeline.shards.rows import check_columns, read_index
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,9 @@ def cut(parts: Sequence[Part], images: int) -> list[Range]:
 
 def read_columns(directory: Storage, part: Part, columns: Sequence[str]) -> pa.Table:
     """Those of `columns` that a shard's index has. Raises DataError where it is missing, is none, or has other rows than the table says."""
-    where = f"data {directory.url}/{part.index_name}"
-    try:
-        file = pq.ParquetFile(io.BytesIO(retrying(where, lambda: read_part(directory, part.index_name))))
-        there = file.schema_arrow.names
-        table = file.read(columns=[c for c in columns if c in there], use_threads=False)
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{where}: cannot be read ({e})") from e
+    table = read_index(directory, part.index_name, columns)
     if len(table) != part.samples:
-        raise DataError(f"{where}: {len(table)} rows, the table of shards says {part.samples} samples")
+        raise DataError(f"data {directory.url}/{part.index_name}: {len(table)} rows, the table of shards says {part.samples} samples")
     return table
 
 
@@ -129,9 +122,7 @@ def read_hashes(directory: Storage, part: Part, near: bool, made: bool = False) 
     """
     places = ["image_offset", "image_length"] if near and made else []
     table = read_columns(directory, part, ["sha256", *([PHASH] if near else []), *places])
-    for column in ("sha256", *([PHASH] if near and not made else [])):
-        if column not in table.column_names:
-            raise DataError(f"data {directory.url}/{part.index_name}: there is no column {column!r}")
+    check_columns(table, ["sha256", *([PHASH] if near and not made else [])], f"data {directory.url}/{part.index_name}")
     sound, digests = parse_digests(table["sha256"], 64)
     if not sound.all():
         row = int(np.flatnonzero(~sound)[0])

@@ -287,7 +287,7 @@ def test_damaged_indices_are_one_sentence(make_dataset: Make, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"train-00000.index.parquet: cannot be read"):
         add_to_shard(record, directory, lengths())
     pq.write_table(pa.table({"key": ["a"]}), tmp_path / "train-00000.index.parquet")
-    with pytest.raises(DataError, match=r"has no column 'offset'"):
+    with pytest.raises(DataError, match=r"there is no column 'offset'"):
         add_to_shard(record, directory, lengths())
     (tmp_path / "train-00000.index.parquet").unlink()
     with pytest.raises(DataError, match=r"train-00000.index.parquet: is missing"):
