@@ -7,21 +7,20 @@ apart. Nothing is held but the block at hand.
 from __future__ import annotations
 
 import hashlib
-import random
 import tarfile
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pipeline.core.errors import StorageError
+from pipeline.core.progress import say
+from pipeline.core.retry import insist
 from pipeline.core.storage import Storage
 
 _BLOCK = 1 << 23  # bytes asked of the store at once
 _PIECE = 1 << 20
 _HEADERS = 1 << 26  # bytes; no member has more in headers of its own
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before a store that failed is asked again
+_PATIENCE = 15.0  # seconds with a store that fails
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 # What tarfile raises on damaged headers.
 _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
@@ -78,12 +77,12 @@ def read_blocks(directory: Storage, name: str) -> Iterator[bytes]:
 
 
 def _read_block(directory: Storage, name: str, start: int) -> bytes:
-    for pause in _PAUSES if not directory.is_local else ():
-        try:
-            return directory.read_range(name, start, start + _BLOCK)
-        except StorageError:
-            time.sleep(pause * random.uniform(0.5, 1.5))
-    return directory.read_range(name, start, start + _BLOCK)
+    where = f"data {directory.url}/{name}"
+    return insist(
+        lambda: directory.read_range(name, start, start + _BLOCK),
+        0.0 if directory.is_local else _PATIENCE,
+        lambda told: say(f"warning: reading {where} failed ({told})"),
+    )
 
 
 class Tape:
