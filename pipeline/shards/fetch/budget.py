@@ -64,6 +64,11 @@ class Budget:
         if crossed and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake)
 
+    def clear(self) -> None:
+        """Nothing is under way, and what was not taken never will be."""
+        with self._lock:
+            self._used = 0
+
     async def _change(self) -> None:
         waiter = self._loop.create_future()
         self._waiting.append(waiter)

@@ -87,6 +87,11 @@ class Client:
 
     async def close(self) -> None:
         await self._session.close()
+        await self._names.close()
+
+    def forget_failures(self) -> None:
+        """Names that were not found are asked for again."""
+        self._names.forget_failures()
 
     async def get(self, url: URL, longest: int, last: bool = False, cut: bool = False) -> Answer:
         """Ask for `url`. An image of more than `longest` bytes, decompressed, is too long; of another file (`cut`) the beginning is taken,
@@ -133,13 +138,13 @@ class Client:
     async def _read(self, response: aiohttp.ClientResponse, longest: int, cut: bool, clock: asyncio.Timeout) -> bytes:
         """The body; the budget counts it meanwhile."""
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
-        inflate = zlib.decompressobj(wbits=47) if encoding in ("gzip", "x-gzip", "deflate") else None  # 47: gzip or zlib
+        inflate = _Inflate(longest) if encoding in ("gzip", "x-gzip", "deflate") else None
         parts, size, content, budget = list[bytes](), 0, response.content, self._budget
         if "Transfer-Encoding" in response.headers:
             _end_with_connection(response)
         try:
             while size <= longest and (chunk := await content.readany()):
-                for part in (chunk,) if inflate is None else _inflated(inflate, chunk):
+                for part in (chunk,) if inflate is None else inflate.pieces(chunk):
                     parts.append(part)
                     size += len(part)
                     budget.add(len(part))
@@ -147,9 +152,12 @@ class Client:
                         await budget.wait(response, clock)
                     if size > longest:
                         break
+                if inflate is not None and inflate.ended:
+                    await _use_up(response)
+                    break
             if size > longest and not cut:
                 raise Failed("too-long")
-            if inflate is not None and size <= longest and not inflate.eof:
+            if inflate is not None and inflate.received and size <= longest and not inflate.ended:
                 raise Failed("truncated", again=True)
         finally:
             budget.end(response)
@@ -170,11 +178,26 @@ def _end_with_connection(response: aiohttp.ClientResponse) -> None:
         closed.add_done_callback(tell)
 
 
-def _inflated(inflate: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
-    """What `chunk` decompresses to, piece by piece."""
-    while chunk and not inflate.eof:
-        yield inflate.decompress(chunk, _INFLATED)
-        chunk = inflate.unconsumed_tail
+class _Inflate:
+    """Of a body in gzip or zlib; what comes behind its end does not matter."""
+
+    def __init__(self, longest: int) -> None:
+        self._stream = zlib.decompressobj(wbits=47)  # gzip or zlib
+        self._most = 2 * longest + 1024  # bytes received: some compress to nothing
+        self.received = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._stream.eof
+
+    def pieces(self, chunk: bytes) -> Iterator[bytes]:
+        """What `chunk` decompresses to, piece by piece. Raises Failed: it goes on and on."""
+        self.received += len(chunk)
+        if self.received > self._most:
+            raise Failed("too-long")
+        while chunk and not self._stream.eof:
+            yield self._stream.decompress(chunk, _INFLATED)
+            chunk = self._stream.unconsumed_tail
 
 
 async def _use_up(response: aiohttp.ClientResponse) -> None:

@@ -1,27 +1,31 @@
-"""Whose turn it is.
+"""What is known of hosts.
 
-Each host has a line of requests that wait, and manners: how many requests at once (one at first, one more with each answer up to the
-config's `per_host`, half after an answer that says "too many"), how far apart, and until when it wants to be left alone. A request that
-waits for its host takes no connection, so hosts that are slow or dead hold up nobody else's.
+Each has manners: how many requests at once (one at first, one more with each answer up to the config's `per_host`, half after an answer
+that says "too many"), how far apart, and until when it wants to be left alone.
+
+A host is a name, whatever the port: http and https are one site, other ports one machine, and what may be asked of "one host" is a promise
+to whoever runs it. Whether anybody listens is a matter of each port, since an old port 80 that is closed says nothing of 443. (robots.txt
+is of an origin, RFC 9309, 2.3.)
+
+A host or port that was given up gets another chance after a minute: one request or a few, and if these fail, it is given up for twice as
+long, in the end for ten minutes, until it answers. All of this is remembered from one list of URLs to the next, as long as the process
+lives; so what becomes of a host that fails at times depends on when it is asked, and of one that always answers the same it does not.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Generic, Protocol, TypeVar
+from typing import NamedTuple
 
 PAUSE = 1.0  # seconds: the first pause; each further one is twice as long
 STRIKES = 8  # pauses in a row after which a host is overloaded still, and is given up
 FAILURES = 6  # pauses in a row after which no connection can be made, or a host that never answered does not, and is given up
 _FAILURE_PAUSE = 4.0  # seconds, the longest of these pauses
-_GIVEN_UP = 600.0  # seconds
-_MANY = 10_000  # hosts, of which those that ask nothing of us are forgotten
+_GIVEN_UP, _GIVEN_UP_MOST = 60.0, 600.0  # seconds, at first and at most
+_MANY = 100_000  # hosts that are remembered between two lists of URLs, some 60 MB
 
 
 def backoff(times: int, most: float) -> float:
@@ -42,182 +46,128 @@ def retry_after(header: str | None) -> float | None:
     return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
+class _Reason(NamedTuple):
+    """Why nothing is asked for now."""
+
+    reason: str
+    until: float
+
+
+@dataclass(slots=True)
+class _Port:
+    """`answered`: in this list of URLs."""
+
+    answered: bool = False
+    failures: int = 0
+    given_up: _Reason | None = None
+
+
 class Host:
-    """One host's manners, remembered as long as its worker lives. Times are the loop's, in seconds."""
+    """One host's manners. Times are the loop's, in seconds."""
+
+    __slots__ = ("_given_up", "_paused_until", "_ports", "_strikes", "at_once", "not_before")
 
     def __init__(self) -> None:
         self.at_once = 1  # requests
         self.not_before = 0.0  # the next request
-        self.answered = False
-        self._strikes = self._failures = 0
+        self._strikes = 0
         self._paused_until = 0.0
-        self._given_up: tuple[str, float] | None = None
+        self._given_up: _Reason | None = None
+        self._ports: dict[int, _Port] = {}
 
-    def given_up(self, now: float) -> str | None:
-        """The reason why nothing is asked of it for now."""
-        return self._given_up[0] if self._given_up is not None and now < self._given_up[1] else None
+    def begin(self) -> None:
+        """Another list of URLs has some of it."""
+        for port in self._ports.values():
+            port.answered = False
 
-    def answer(self, per_host: int) -> None:
+    def given_up(self, port: int, now: float) -> str | None:
+        """The reason why nothing is asked of this port for now."""
+        for given_up in (self._given_up, self._port(port).given_up):
+            if given_up is not None and now < given_up.until:
+                return given_up.reason
+        return None
+
+    def answer(self, port: int, per_host: int) -> None:
         """It answered, and was not overloaded."""
-        self.answered, self._strikes, self._failures = True, 0, 0
+        self._heard(port)
+        self._given_up, self._strikes = None, 0
         self.at_once = min(per_host, self.at_once + 1)
 
-    def overloaded(self, reason: str, wait: float | None, patience: float, now: float) -> None:
+    def overloaded(self, port: int, reason: str, wait: float | None, patience: float, now: float) -> None:
         """It said so, and asked to `wait`. Answers to what was under way when it first said so change nothing more."""
-        self.answered, self._failures = True, 0
-        if now < self._paused_until:
+        self._heard(port)
+        if now < self._paused_until or self.given_up(port, now) is not None:
             return
         self._strikes += 1
-        self.at_once = max(1, self.at_once // 2)
-        self._pause(now + (backoff(self._strikes, patience) if wait is None or wait > patience else wait))
         if self._strikes >= STRIKES:
-            self._give_up(reason, now)
+            self._given_up = _Reason(reason, now + max(wait or 0.0, _pause_of(self._strikes - STRIKES)))
+            self.at_once = 1
+        else:
+            self._pause(now + (backoff(self._strikes, patience) if wait is None or wait > patience else wait))
+            self.at_once = max(1, self.at_once // 2)
 
-    def no_answer(self, reason: str, connected: bool, now: float) -> None:
+    def no_answer(self, port: int, reason: str, connected: bool, now: float) -> None:
         """`connected`: it took the connection at least. If it ever answered, that it does not answer for one URL says nothing of others."""
-        if (connected and self.answered) or now < self._paused_until:
+        silent = self._port(port)
+        if (connected and silent.answered) or now < self._paused_until or self.given_up(port, now) is not None:
             return
-        self._failures += 1
-        self._pause(now + backoff(self._failures, _FAILURE_PAUSE))
-        if self._failures >= FAILURES:
-            self._give_up(reason, now)
+        silent.failures += 1
+        if silent.failures >= FAILURES:
+            silent.given_up = _Reason(reason, now + _pause_of(silent.failures - FAILURES))
+            self.at_once = 1
+        else:
+            self._pause(now + backoff(silent.failures, _FAILURE_PAUSE))
+
+    def forget_silence(self) -> None:
+        self._ports.clear()
 
     def is_plain(self, now: float) -> bool:
         """Whether there is nothing to remember of it."""
-        return now >= self.not_before and not (self._strikes or self._failures) and self.given_up(now) is None
+        return now >= self.not_before and not self._strikes and not any(port.failures for port in self._ports.values())
+
+    def _port(self, number: int) -> _Port:
+        port = self._ports.get(number)
+        if port is None:
+            port = self._ports[number] = _Port()
+        return port
+
+    def _heard(self, number: int) -> None:
+        port = self._port(number)
+        port.answered, port.failures, port.given_up = True, 0, None
 
     def _pause(self, until: float) -> None:
         self._paused_until = until
         self.not_before = max(self.not_before, until)
 
-    def _give_up(self, reason: str, now: float) -> None:
-        self._given_up = reason, now + _GIVEN_UP
-        self.not_before = self._paused_until = now
-        self._strikes = self._failures = 0
+
+def _pause_of(chances: int) -> float:
+    """Seconds for which a host is given up that failed when it had `chances` to answer."""
+    return min(_GIVEN_UP_MOST, _GIVEN_UP * 2.0 ** min(chances, 30))
 
 
 class Hosts:
-    """All hosts by name."""
+    """All hosts by name, those last that were begun last."""
 
     def __init__(self) -> None:
         self._hosts: dict[str, Host] = {}
 
     def __getitem__(self, name: str) -> Host:
-        host = self._hosts.get(name)
-        if host is None:
-            host = self._hosts[name] = Host()
+        return self._hosts[name]
+
+    def begin(self, name: str) -> Host:
+        """The host, of which a list of URLs has some; for the first of them."""
+        host = self._hosts.pop(name, None) or Host()
+        host.begin()
+        self._hosts[name] = host
         return host
 
     def forget(self, now: float) -> None:
-        """Those that ask nothing of us, where there are many."""
+        """Between two lists, where there are many: those that ask nothing of us, and of the others those that nobody wanted for longest."""
         if len(self._hosts) > _MANY:
-            self._hosts = {name: host for name, host in self._hosts.items() if not host.is_plain(now)}
+            kept = [(name, host) for name, host in self._hosts.items() if not host.is_plain(now)]
+            self._hosts = dict(kept[-_MANY:])
 
-
-class Request(Protocol):
-    @property
-    def host(self) -> str: ...
-
-
-R = TypeVar("R", bound=Request)
-
-
-@dataclass
-class _Line(Generic[R]):
-    """Requests to one host: those that wait, how many are under way, and whether it stands in the queue or has a timer that will put it
-    there."""
-
-    host: Host
-    waiting: deque[R]
-    under_way: int = 0
-    listed: bool = False
-
-
-class Queue(Generic[R]):
-    """Requests in, and out as their hosts may be asked; for one event loop."""
-
-    def __init__(self, hosts: Hosts, per_host: int, interval: float, room: Callable[[], Awaitable[None]]) -> None:
-        """`interval`: seconds between two requests to a host; `room` is awaited before a request is given out."""
-        self._loop = asyncio.get_running_loop()
-        self._hosts, self._per_host, self._interval, self._room = hosts, per_host, interval, room
-        self._lines: dict[str, _Line[R]] = {}
-        self._ready: deque[_Line[R]] = deque()
-        self._again: deque[_Line[R]] = deque()  # may hold some more than once
-        self._takers: deque[asyncio.Future[None]] = deque()
-
-    def put(self, request: R, first: bool = False) -> None:
-        line = self._lines.get(request.host)
-        if line is None:
-            line = self._lines[request.host] = _Line(self._hosts[request.host], deque())
-        (line.waiting.appendleft if first else line.waiting.append)(request)
-        self._offer(line)
-
-    def put_later(self, request: R, seconds: float) -> None:
-        self._loop.call_later(seconds, self.put, request)
-
-    async def take(self) -> tuple[R, bool]:
-        """(a request whose host may be asked now, whether its connection is likely not needed after it). `done` has to follow."""
-        while True:
-            while not (self._again or self._ready):
-                taker = self._loop.create_future()
-                self._takers.append(taker)
-                await taker
-            await self._room()
-            line = self._next()
-            if line is None:
-                continue
-            if not self._may_start(line):  # it was put off, or its room taken, while it stood in the queue
-                self._offer(line)
-                continue
-            request = line.waiting.popleft()
-            line.under_way += 1
-            now = self._loop.time()
-            if line.host.given_up(now) is None:
-                line.host.not_before = max(line.host.not_before, now) + self._interval
-            self._offer(line)
-            # Those of the others are likely free by then, and few enough wait.
-            return request, len(line.waiting) < 2 * line.under_way - 1
-
-    def done(self, request: R) -> None:
-        """Its place is free. The same host has it first, so that its connection is used again and few others are open; what a host may
-        have beyond stands in the queue."""
-        line = self._lines[request.host]
-        line.under_way -= 1
-        if self._may_start(line):
-            self._again.append(line)
-            self._wake()
-        else:
-            self._offer(line)
-
-    def _next(self) -> _Line[R] | None:
-        if self._again:
-            return self._again.popleft()
-        if not self._ready:
-            return None
-        line = self._ready.popleft()
-        line.listed = False
-        return line
-
-    def _may_start(self, line: _Line[R]) -> bool:
-        return bool(line.waiting) and line.under_way < min(line.host.at_once, self._per_host) and line.host.not_before <= self._loop.time()
-
-    def _offer(self, line: _Line[R]) -> None:
-        if line.listed or not line.waiting or line.under_way >= min(line.host.at_once, self._per_host):
-            return
-        line.listed = True
-        wait = line.host.not_before - self._loop.time()
-        if wait > 0:
-            self._loop.call_later(wait, self._list, line)
-        else:
-            self._list(line)
-
-    def _list(self, line: _Line[R]) -> None:
-        self._ready.append(line)
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._takers:
-            taker = self._takers.popleft()
-            if not taker.done():
-                taker.set_result(None)
-                break
+    def forget_silence(self) -> None:
+        """That hosts did not answer."""
+        for host in self._hosts.values():
+            host.forget_silence()

@@ -8,7 +8,6 @@ robots.txt is not known waits for that outside the queue; robots.txt itself is a
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,13 +18,14 @@ from pipeline.shards.fetch import robots
 from pipeline.shards.fetch.answers import Failed, Fetched, dropped, http_reason
 from pipeline.shards.fetch.budget import Budget
 from pipeline.shards.fetch.client import Answer, Client
-from pipeline.shards.fetch.hosts import Hosts, Queue, backoff
+from pipeline.shards.fetch.hosts import Hosts, backoff
+from pipeline.shards.fetch.queue import Queue
+from pipeline.shards.fetch.spelling import parse_url
 from pipeline.shards.images import Dropped
 
 Deliver = Callable[[int, Fetched | Dropped], None]
 _OVERLOADED = frozenset({429, 503})
 _ANSWERED = frozenset({"truncated", "too-long", "bad-encoding"})  # though not as we wish
-_WELL_SPELT = re.compile(r"https?://[a-z0-9.-]+(:[0-9]+)?/(?!.*/\.)([A-Za-z0-9._~:/?@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*")
 # What keeps robots.txt from being read, and would keep the image from it just as well: the more telling reason.
 _SAME_FOR_IMAGES = frozenset({"forbidden-address", "dns", "refused", "unreachable", "tls", "reset", "timeout", "bad-http"})
 
@@ -44,15 +44,27 @@ class Visit:
     def host(self) -> str:
         return self.url.raw_host or ""
 
+    @property
+    def port(self) -> int:
+        return self.url.port or 0
+
 
 @dataclass(frozen=True)
 class Known:
-    """What outlives a run: connections, manners and rules of hosts."""
+    """What outlives a run: connections, names, manners and rules of hosts."""
 
     client: Client
     budget: Budget
     hosts: Hosts
     rules: robots.RulesCache
+
+    def forget_failures(self, answered: bool) -> None:
+        """What was not found gets another chance with the next list, names and robots.txt; that hosts do not answer is remembered, unless
+        none of this list's `answered`, since then it may have been the network."""
+        self.client.forget_failures()
+        self.rules.forget_failures()
+        if not answered:
+            self.hosts.forget_silence()
 
 
 class Run:
@@ -66,6 +78,7 @@ class Run:
         self._token = robots.product_token(config.agent)
         self._parked: dict[str, list[Visit]] = {}  # by the origin whose robots.txt they wait for
         self._ended = asyncio.Event()
+        self._answered = False  # any host
 
     def stop(self) -> None:
         self._ended.set()
@@ -78,12 +91,19 @@ class Run:
         self._queue: Queue[Visit] = Queue(known.hosts, self._per_host, self._interval, known.budget.room)
         if not urls:
             return
+        try:
+            await self._visit(urls)
+        finally:
+            self._queue.close()
+            known.forget_failures(self._answered)
+
+    async def _visit(self, urls: Sequence[str]) -> None:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._requests()) for _ in range(self._config.connections)]
             for index, text in enumerate(urls):
                 if self._ended.is_set():
                     break
-                url = _parse(text)
+                url = parse_url(text)
                 self._end(index, dropped("bad-url")) if url is None else self._admit(Visit(index, url))
                 if index % 100 == 0:
                     await asyncio.sleep(0)
@@ -122,7 +142,7 @@ class Run:
 
     async def _request(self, visit: Visit, last: bool) -> None:
         host = self._known.hosts[visit.host]
-        if (reason := host.given_up(self._loop.time())) is not None:
+        if (reason := host.given_up(visit.port, self._loop.time())) is not None:
             self._fail(visit, Failed(reason))
             return
         is_rules = visit.origin is not None
@@ -132,15 +152,17 @@ class Run:
             answer = await self._known.client.get(visit.url, longest, last=last and not is_rules, cut=is_rules)
         except Failed as failed:
             if failed.reason in _ANSWERED:
-                host.answer(self._per_host)
+                self._answered = True
+                host.answer(visit.port, self._per_host)
             elif failed.again:
-                host.no_answer(failed.reason, failed.connected, self._loop.time())
+                host.no_answer(visit.port, failed.reason, failed.connected, self._loop.time())
             self._fail(visit, failed)
             return
+        self._answered = True
         if answer.status in _OVERLOADED:
-            host.overloaded(http_reason(answer.status), answer.retry_after, self._patience, self._loop.time())
+            host.overloaded(visit.port, http_reason(answer.status), answer.retry_after, self._patience, self._loop.time())
         else:
-            host.answer(self._per_host)
+            host.answer(visit.port, self._per_host)
         self._judge(visit, answer)
 
     def _judge(self, visit: Visit, answer: Answer) -> None:
@@ -159,7 +181,7 @@ class Run:
             self._finish(visit, Fetched(answer.data, str(visit.url), answer.content_type))
 
     def _redirect(self, visit: Visit, location: str) -> None:
-        target = _parse(location, visit.url)
+        target = parse_url(location, visit.url)
         visit.left.append(visit.url)
         most = self._config.redirects if visit.origin is None else robots.REDIRECTS
         if target is None:
@@ -202,18 +224,3 @@ class Run:
         self._left -= 1
         if self._left == 0:
             self._ended.set()
-
-
-def _parse(text: str, base: URL | None = None) -> URL | None:
-    """An http or https URL without credentials and fragment; None where it is none. One that is spelt as it should be keeps its spelling,
-    which may have been signed."""
-    try:
-        text = text.strip()
-        url = URL(text, encoded=_WELL_SPELT.fullmatch(text) is not None)
-        url = url if base is None else base.join(url)
-        if url.scheme not in ("http", "https") or not url.raw_host or url.port == 0:
-            return None
-        url = url if url.raw_user is None and url.raw_password is None else url.with_user(None)
-        return url.with_fragment(None) if "#" in text else url
-    except ValueError:
-        return None

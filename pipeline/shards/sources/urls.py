@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -141,8 +142,8 @@ class UrlSource(TableFiles):
         self.check_rows(part, number + 1)
 
     def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
-        from pipeline.shards.fetch import Fetcher, rules_of  # its client is of no use to other sources
+        from pipeline.shards.fetch import fetcher_of  # its client is of no use to other sources
 
-        with Fetcher(settings, max_bytes, share, rules=rules_of(settings.agent)) as fetcher:
-            for index, fetched in fetcher.fetch([item.path for item in items]):
+        with closing(fetcher_of(settings, max_bytes, share).fetch([item.path for item in items])) as results:
+            for index, fetched in results:
                 yield index, fetched if isinstance(fetched, Dropped) else Files(fetched.data, {})
