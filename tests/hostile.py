@@ -4,7 +4,7 @@ The first part of a URL's path says how it is answered, the rest is a name, so t
 
 /good/NAME          the image                              /hang/NAME         nothing, ever
 /files/NAME         what `files` holds under that name     /drip/NAME         headers, a byte at a time, without end
-/empty/NAME         200, no bytes                          /drip-body/NAME    the image, a byte at a time
+/empty/NAME         200, no bytes; /gzip-empty/: packed    /drip-body/NAME    the image, a byte at a time
 /page/NAME          200, an HTML page called image/jpeg    /endless/NAME      a body without end
 /truncated/NAME     half the image, then the end           /chunks/NAME       the image in chunks; /bad-chunks/: not quite
 /reset/NAME         a reset before the answer              /bomb/NAME         64 MiB in 64 kB of gzip
@@ -13,6 +13,8 @@ The first part of a URL's path says how it is answered, the rest is a name, so t
 /flaky/N/T/NAME     T times status N, then the image       /hops/N/NAME       N redirects, then the image
 /busy/T/S/NAME      T times 429 with Retry-After: S        /to/URL            a redirect there (percent-encoded)
 /opt-out/TAG/NAME   the image, with X-Robots-Tag: TAG      /cookie/NAME       the image, and a cookie
+/old/NAME           the image, in HTTP/1.0                 /swollen/NAME      the image, compressed, and zeros without end
+/headers/NAME       headers without end                    /nothing/NAME      gzip without end, that stands for no bytes
 """
 
 from __future__ import annotations
@@ -24,12 +26,19 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 _DRIP = 0.05  # seconds between two bytes
+_GZIP = b"Content-Encoding: gzip\r\n\r\n"
+_ENDLESS: dict[str, Callable[[bytes], tuple[bytes, bytes]]] = {  # what follows a status line, and what then comes again and again
+    "endless": lambda image: (b"Content-Type: image/jpeg\r\n\r\n" + image, bytes(1)),
+    "swollen": lambda image: (_GZIP + gzip.compress(image), bytes(1)),
+    "nothing": lambda _: (_GZIP + gzip.compress(b"")[:10], b"\0\0\0\xff\xff"),  # an empty block
+    "headers": lambda _: (b"", b"X-Filler: a\r\n"),
+}
 
 
 @dataclass(frozen=True)
@@ -146,8 +155,8 @@ class _Handler(socketserver.StreamRequestHandler):
                 return self._send(200, hostile.image)
             case "files":
                 return self._send(200, hostile.files[unquote(name)]) if unquote(name) in hostile.files else self._send(404)
-            case "empty":
-                return self._send(200)
+            case "empty" | "gzip-empty":
+                return self._send(200, b"", *(["Content-Encoding: gzip"] if kind == "gzip-empty" else []))
             case "page":
                 return self._send(200, b"<!DOCTYPE html><title>Not found</title>", "Content-Type: image/jpeg")
             case "truncated":
@@ -169,15 +178,13 @@ class _Handler(socketserver.StreamRequestHandler):
                 return self._send(200, hostile.image, *(f"X-Robots-Tag: {line}" for line in tag.splitlines()))
             case "cookie":
                 return self._send(200, hostile.image, "Set-Cookie: who=you")
-            case "loop":
-                return self._send(302, b"", f"Location: /loop-back/{name}")
-            case "loop-back":
-                return self._send(302, b"", f"Location: /loop/{name}")
+            case "loop" | "loop-back":
+                return self._send(302, b"", f"Location: /{'loop-back' if kind == 'loop' else 'loop'}/{name}")
             case "hops":
                 left, _, rest = name.partition("/")
                 return self._send(301, b"", f"Location: /hops/{int(left) - 1}/{rest}") if int(left) else self._send(200, hostile.image)
             case "to":
-                return self._send(302, b"", f"Location: {unquote(name)}")
+                return self._send(302, b"", f"Location: {unquote(name, 'latin-1')}")
             case "hang":
                 hostile.ending.wait()
             case "drip":
@@ -186,10 +193,13 @@ class _Handler(socketserver.StreamRequestHandler):
             case "drip-body":
                 self._raw(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(hostile.image))
                 self._drip(hostile.image)
-            case "endless":
-                self._raw(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n", hostile.image)
+            case "endless" | "swollen" | "nothing" | "headers":
+                beginning, rest = _ENDLESS[kind](hostile.image)
+                self._raw(b"HTTP/1.1 200 OK\r\n", beginning)
                 while not hostile.ending.is_set():
-                    self._raw(bytes(1 << 16))
+                    self._raw(rest * ((1 << 16) // len(rest)))
+            case "old":
+                self._raw(b"HTTP/1.0 200 OK\r\n\r\n", hostile.image)
             case "chunks" | "bad-chunks":
                 self._raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
                 for start in range(0, len(hostile.image), 1000):

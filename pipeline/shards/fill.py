@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filli
     drops: list[dict[str, str]] = []
     dropped: Counter[str] = Counter()
 
-    def good() -> Iterator[Sample]:
+    def good() -> Generator[Sample, None, None]:
         for index, sample in in_order(_made(rows, filling), len(rows), _HELD):
             if isinstance(sample, Dropped):
                 dropped[sample.reason] += 1
@@ -59,9 +60,9 @@ def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filli
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
             raise InfrastructureError(f"none of its {len(rows):,} URLs was answered ({reasons}): this machine may have no network")
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), closing(good()) as samples:  # closed, so that a shard that fails leaves no downloads under way
         warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise
-        written = write_shard(directory, name, split, good(), filling.recipe.images.hash)
+        written = write_shard(directory, name, split, samples, filling.recipe.images.hash)
     drops.sort(key=lambda d: d["file"])
     result = {"read": len(rows), "dropped": dict(dropped), "named": drops[:NAMED]}
     if written is None:

@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.shards.fetch import hosts as module
 from pipeline.shards.fetch.budget import Budget
-from pipeline.shards.fetch.hosts import FAILURES, STRIKES, Host, Hosts, Queue, backoff, retry_after
+from pipeline.shards.fetch.hosts import FAILURES, STRIKES, Host, Hosts, backoff, retry_after
+from pipeline.shards.fetch.queue import Queue
 
 
 def test_retry_after_in_seconds_and_as_a_date() -> None:
@@ -36,60 +37,101 @@ def test_a_host_is_asked_one_request_at_first_and_fewer_once_overloaded() -> Non
     host = Host()
     assert host.at_once == 1
     for _ in range(20):
-        host.answer(per_host=8)
+        host.answer(80, per_host=8)
     assert host.at_once == 8
-    host.overloaded("http-429", 3.0, 60, now=100)
+    host.overloaded(80, "http-429", 3.0, 60, now=100)
     assert host.at_once == 4 and host.not_before == 103
-    host.overloaded("http-429", 50.0, 60, now=101)  # was under way when the first one came
+    host.overloaded(443, "http-429", 50.0, 60, now=101)  # was under way when the first one came
     assert host.at_once == 4 and host.not_before == 103
-    host.overloaded("http-429", 3600.0, 60, now=200)  # more than patience allows: as long as we would have waited ourselves
+    host.overloaded(80, "http-429", 3600.0, 60, now=200)  # more than patience allows: as long as we would have waited ourselves
     assert 200 < host.not_before <= 200 + 3
 
 
 def test_a_host_that_stays_overloaded_is_given_up_after_pauses_in_a_row() -> None:
     host, now = Host(), 0.0
     for n in range(STRIKES):
-        assert host.given_up(now) is None, n
-        host.overloaded("http-503", None, 60, now)
+        assert host.given_up(80, now) is None, n
+        host.overloaded(80, "http-503", None, 60, now)
         now = max(now, host.not_before) + 0.1
-    assert host.given_up(now) == "http-503" and host.given_up(now + 601) is None
+    assert host.given_up(80, now) == host.given_up(443, now) == "http-503" and host.given_up(80, now + 61) is None
     host = Host()
     for _ in range(10 * STRIKES):  # an answer between them
-        host.overloaded("http-503", 1.0, 60, now)
+        host.overloaded(80, "http-503", 1.0, 60, now)
         now += 2
-        host.answer(8)
-    assert host.given_up(now) is None
+        host.answer(80, 8)
+    assert host.given_up(80, now) is None
+    for _ in range(STRIKES):
+        host.overloaded(80, "http-429", 7200.0, 60, now)
+        now = max(now, host.not_before) + 0.1
+    assert host.given_up(80, now + 7100) == "http-429" and host.given_up(80, now + 7201) is None  # as long as it asked for at last
 
 
 def test_a_dead_host_is_given_up_and_one_that_answers_at_times_is_not() -> None:
     dead, slow = Host(), Host()
-    slow.answer(8)
+    slow.answer(80, 8)
     for n in range(FAILURES):
-        assert dead.given_up(10 * n) is None
+        assert dead.given_up(80, 10 * n) is None
         for _ in range(8):  # at once: they count as one
-            dead.no_answer("timeout", connected=True, now=10 * n)
-            slow.no_answer("timeout", connected=True, now=10 * n)
+            dead.no_answer(80, "timeout", connected=True, now=10 * n)
+            slow.no_answer(80, "timeout", connected=True, now=10 * n)
     now = 10 * FAILURES
-    assert dead.given_up(now) == "timeout" and slow.given_up(now) is None
+    assert dead.given_up(80, now) == "timeout" and slow.given_up(80, now) is None
     for n in range(FAILURES):
-        slow.no_answer("refused", connected=False, now=now + 10 * n)
-    assert slow.given_up(2 * now) == "refused"
+        slow.no_answer(80, "refused", connected=False, now=now + 10 * n)
+    assert slow.given_up(80, 2 * now) == "refused"
+
+
+def test_a_port_where_nobody_listens_says_nothing_of_another() -> None:
+    host = Host()
+    for n in range(FAILURES):
+        host.no_answer(80, "refused", connected=False, now=10 * n)
+        host.answer(443, 8)
+    assert host.given_up(80, 10 * FAILURES) == "refused" and host.given_up(443, 10 * FAILURES) is None
+
+
+def test_a_host_that_answered_long_ago_is_given_up_too() -> None:
+    host = Host()
+    host.answer(80, 8)
+    host.begin()
+    for n in range(FAILURES):
+        host.no_answer(80, "timeout", connected=True, now=10 * n)
+    assert host.given_up(80, 10 * FAILURES) == "timeout"
+
+
+def test_a_host_that_was_given_up_gets_chances_further_and_further_apart() -> None:
+    host, now = Host(), 0.0
+    for _ in range(FAILURES - 1):
+        host.no_answer(80, "timeout", connected=True, now=now)
+        now = host.not_before + 1
+    for pause in (60, 120, 240, 480, 600, 600):
+        assert host.given_up(80, now) is None and host.at_once == 1
+        host.no_answer(80, "timeout", connected=True, now=now)
+        assert host.given_up(80, now + pause - 1) == "timeout"
+        now += pause + 1
+    host.answer(80, 8)
+    host.no_answer(80, "refused", connected=False, now=now)
+    assert host.given_up(80, now) is None
 
 
 def test_hosts_that_ask_nothing_are_forgotten_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MANY", 3)
     hosts = Hosts()
     for name in "abcd":
-        hosts[name].answer(8)
-    hosts["a"].overloaded("http-429", 30.0, 60, now=0)
+        hosts.begin(name).answer(80, 8)
+    hosts["a"].overloaded(80, "http-429", 30.0, 60, now=0)
     kept, other = hosts["a"], hosts["b"]
     hosts.forget(now=1)
-    assert hosts["a"] is kept and hosts["b"] is not other
+    assert hosts.begin("a") is kept and hosts.begin("b") is not other
+    for name in "efghbij":
+        hosts.begin(name).no_answer(80, "refused", connected=False, now=2)
+    hosts.forget(now=100)
+    assert [name in hosts._hosts for name in "aefghbij"] == [False] * 5 + [True] * 3  # the last
 
 
 @dataclass(eq=False)
 class _Request:
     host: str
+    port: int = 80
 
 
 async def _room() -> None: ...
@@ -102,7 +144,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 def test_a_host_that_waits_holds_up_nobody_else() -> None:
     async def work() -> None:
         hosts = Hosts()
-        hosts["slow"].not_before = asyncio.get_running_loop().time() + 3600
+        hosts.begin("slow").not_before = asyncio.get_running_loop().time() + 3600
         queue: Queue[_Request] = Queue(hosts, per_host=8, interval=0, room=_room)
         for n in range(50):
             queue.put(_Request("slow"))
@@ -110,7 +152,7 @@ def test_a_host_that_waits_holds_up_nobody_else() -> None:
         for _ in range(50):
             request, _ = await queue.take()
             assert request.host != "slow"
-            hosts[request.host].answer(8)
+            hosts[request.host].answer(80, 8)
             queue.done(request)
         taker = asyncio.ensure_future(queue.take())
         await asyncio.sleep(0.05)
@@ -134,7 +176,7 @@ def test_no_host_has_more_requests_than_its_share_and_all_are_served() -> None:
                 served[name] += 1
                 await asyncio.sleep(0.001)
                 under_way[name] -= 1
-                hosts[name].answer(3)
+                hosts[name].answer(80, 3)
                 queue.done(request)
 
         for n in range(160):
@@ -155,7 +197,7 @@ def test_connections_are_closed_with_the_last_requests_of_a_host() -> None:
     async def work() -> None:
         hosts = Hosts()
         queue: Queue[_Request] = Queue(hosts, per_host=2, interval=0, room=_room)
-        hosts["a"].answer(2)
+        hosts.begin("a").answer(80, 2)
         for _ in range(6):
             queue.put(_Request("a"))
         lasts = []
@@ -179,7 +221,7 @@ def test_requests_to_a_host_keep_their_distance() -> None:
         start = loop.time()
         for _ in range(6):
             request, _ = await queue.take()
-            hosts["a"].answer(8)
+            hosts["a"].answer(80, 8)
             queue.done(request)
         assert loop.time() - start >= 5 * 0.05 - 0.01
 

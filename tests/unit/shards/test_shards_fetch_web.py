@@ -34,12 +34,18 @@ def test_images_come_back_with_their_urls(web: Hostile) -> None:
         ("chunks/a", "ok", 1),
         ("gzip/a", "ok", 1),
         ("cookie/a", "ok", 1),
+        ("old/a", "ok", 1),
+        ("swollen/a", "ok", 1),
+        ("nothing/a", "too-long", 1),
+        ("headers/a", "bad-http", 1),
+        ("gzip-empty/a", "empty-body", 1),
         ("hops/5/a", "ok", 6),
         ("hops/6/a", "too-many-redirects", 6),
         ("loop/a", "redirect-loop", 2),
         ("to/ftp%3A%2F%2Fa.example%2Fa.jpg", "bad-url", 1),
         ("to/file%3A%2F%2F%2Fetc%2Fpasswd", "bad-url", 1),
         ("to/%2Fgood%2Fb", "ok", 2),
+        ("to/%2F%2F127.0.0.2%2Fgood%2Fb", "forbidden-address", 1),
         ("to/", "redirect-loop", 1),
         ("empty/a", "empty-body", 1),
         ("truncated/a", "truncated", 3),
@@ -151,8 +157,21 @@ def test_spelling_stays_where_it_is_right(web: Hostile) -> None:
     paths = ["good/a%2Fb%3a?sig=x%2By%2f%3D&u=http%3A%2F%2Fa", "good/~a;b=1,2/(x)?a=b+c&&="]
     assert all(isinstance(r, Fetched) for r in fetched([web.url(path) for path in paths]))
     assert sorted(web.paths()) == sorted(f"/{path}" for path in paths)
-    web.seen.clear()
-    assert reason(web.url("good/ä b.jpg#fragment")) == "ok" and web.paths() == ["/good/%C3%A4%20b.jpg"]
+    for asked, seen in (
+        ("good/ä b.jpg#fragment", ["good/%C3%A4%20b.jpg"]),
+        ("good/a%2Fb?sig=x%2By%2f%3D&u=http%3A%2F%2Fa#fragment", ["good/a%2Fb?sig=x%2By%2f%3D&u=http%3A%2F%2Fa"]),
+        ("to/%2Fgood%2F%E4%3Fsig%3D%252B%252f", ["to/%2Fgood%2F%E4%3Fsig%3D%252B%252f", "good/%E4?sig=%2B%2f"]),  # a bare byte in a header
+    ):
+        web.seen.clear()
+        assert reason(web.url(asked), robots=False) == "ok" and web.paths() == [f"/{path}" for path in seen]
+
+
+def test_where_steps_lead_is_what_robots_txt_is_asked_about(web: Hostile) -> None:
+    web.robots = b"User-agent: *\nDisallow: /good/secret\n"
+    assert [reason(web.url(f"{path}/a")) for path in ("./good/secret", "good/%2e/secret", "x/../good/secret", "good/secret/..")] == [
+        *("robots", "robots", "robots"), "ok",
+    ]  # fmt: skip
+    assert web.paths() == ["/good/a"]
 
 
 def test_what_comes_depends_on_the_answers_alone(web: Hostile) -> None:
