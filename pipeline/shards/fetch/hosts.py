@@ -25,7 +25,7 @@ STRIKES = 8  # pauses in a row after which a host is overloaded still, and is gi
 FAILURES = 6  # pauses in a row after which no connection can be made, or a host that never answered does not, and is given up
 _FAILURE_PAUSE = 4.0  # seconds, the longest of these pauses
 _GIVEN_UP, _GIVEN_UP_MOST = 60.0, 600.0  # seconds, at first and at most
-_MANY = 100_000  # hosts that are remembered between two lists of URLs, some 60 MB
+_MANY = 100_000  # hosts that are remembered between two lists of URLs, some 55 MB
 
 
 def backoff(times: int, most: float) -> float:

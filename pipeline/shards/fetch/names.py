@@ -19,7 +19,7 @@ from pipeline.shards.fetch.answers import Failed
 
 _THREADS = 64  # queries under way: most of a query is waiting
 _KEPT = 600.0  # seconds
-_MOST = 100_000  # names in the cache, some 50 MB
+_MOST = 100_000  # names in the cache, some 55 MB
 _LONGEST = 20.0  # seconds for a query; the thread that waits for a dead name server is busy for longer
 _PAUSES = (0.5, 1.0)  # seconds, before a name server that is in trouble is asked again
 _NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import quote, urljoin
+from urllib.parse import quote, urljoin, urlsplit
 
 from yarl import URL
 
@@ -31,11 +31,14 @@ def parse_url(text: str, base: URL | None = None) -> URL | None:
 
 def _respelt(text: str) -> URL:
     """Raises ValueError where there is no host, or what there is in its place is none."""
-    written, origin = URL(text, encoded=True), URL(text).origin()
-    path = _escaped(written.raw_path) or "/"
+    written = urlsplit(text)
+    if "\\" in written.netloc:  # whose host browsers read otherwise
+        raise ValueError(text)
+    origin = URL(f"{written.scheme}://{written.netloc.rpartition('@')[2].lower()}").origin()
+    path = _escaped(written.path) or "/"
     if _STEP.search(path):
         path = re.sub("%2e", ".", path, flags=re.IGNORECASE)
-    return origin.join(URL.build(path=path, query_string=_escaped(written.raw_query_string), encoded=True))
+    return origin.join(URL.build(path=path, query_string=_escaped(written.query), encoded=True))
 
 
 def _escaped(text: str) -> str:

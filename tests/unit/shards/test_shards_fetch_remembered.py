@@ -112,7 +112,7 @@ results = fetcher_of(Fetch(allow=["127.0.0.1"]), 1 << 20, 1).fetch([f"{web.url("
 next(results)
 raise SystemExit(7)
 """
-    done = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (7, "") and 0 < len(web.seen) < 9000
 
 
