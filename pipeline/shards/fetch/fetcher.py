@@ -85,8 +85,8 @@ class Fetcher:
 
         run = Run(*self.arguments, deliver)
         working = self._call(run.work(self._known, urls))
-        working.add_done_callback(lambda _: out.put(None))
         try:
+            working.add_done_callback(lambda _: out.put(None))
             while (item := out.get()) is not None:
                 budget.give(_size(item[1]))
                 yield item

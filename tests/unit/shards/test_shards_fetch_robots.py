@@ -54,6 +54,11 @@ def test_a_file_made_to_take_long_is_read_as_fast_as_another() -> None:
     assert times[0] < 20 * times[1]
 
 
+def test_a_rule_of_many_stars_is_compared_at_once() -> None:
+    """By a regular expression it would take longer than the universe will last."""
+    assert _refusal("User-agent: *\nDisallow: /" + "*a" * 100 + "*b", "/" + "a" * 4000) is None
+
+
 @given(st.binary(max_size=400))
 def test_any_bytes_are_read(body: bytes) -> None:
     assert parse_rules(body, "tessera").refusal("http://a.example/a.jpg", "tessera") in (None, "robots")
