@@ -27,12 +27,13 @@ R = TypeVar("R", bound=Request)
 
 @dataclass
 class _Line(Generic[R]):
-    """Requests to one host: those that wait, how many are under way, and whether it stands in the queue or has a timer that will put it
-    there."""
+    """Requests to one host: those that wait, how many are under way, and were at most, and whether it stands in the queue or has a timer
+    that will put it there."""
 
     host: Host
     waiting: deque[R]
     under_way: int = 0
+    most: int = 0
     listed: bool = False
 
 
@@ -74,12 +75,13 @@ class Queue(Generic[R]):
                 continue
             request = line.waiting.popleft()
             line.under_way += 1
+            line.most = max(line.most, line.under_way)
             now = self._loop.time()
             if line.host.given_up(request.port, now) is None:
                 line.host.not_before = max(line.host.not_before, now) + self._interval
             self._offer(line)
-            # Those of the others are likely free by then, and few enough wait.
-            return request, len(line.waiting) < 2 * line.under_way - 1
+            # As many as are open are closed with the last requests, each with one.
+            return request, len(line.waiting) < min(line.most, line.host.at_once)
 
     def done(self, request: R) -> None:
         """Its place is free. The same host has it first, so that its connection is used again and few others are open; what a host may

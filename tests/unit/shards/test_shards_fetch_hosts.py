@@ -206,7 +206,7 @@ def test_connections_are_closed_with_the_last_requests_of_a_host() -> None:
             lasts += [first[1], second[1]]
             queue.done(first[0])
             queue.done(second[0])
-        assert lasts == [False, False, False, True, False, True]  # of two, then of one
+        assert lasts == [False] * 4 + [True] * 2
 
     _run(work())
 
