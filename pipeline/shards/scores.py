@@ -136,7 +136,7 @@ def deny_by_score(directory: Storage, column: str, keep: Bound | None, workers: 
     about = {"dataset": manifest.hash, "maker": added["fingerprint"], "keep": keep.model_dump()}
     found = find_about(directory, name)
     if found is not None and about.items() <= found.items():
-        return found["rows"]
+        return found["keys"]
     with DenyList(directory, name, _REASONS) as out:
         shared = (directory, column, keep)
         for rows in over_shards("deny", directory, _outside, shared, lambda: f"{out.rows:,} denied", workers):
