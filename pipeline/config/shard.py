@@ -167,7 +167,9 @@ class Shard(Section):
     images: ShardImages = ShardImages()
     text: ShardText = ShardText()
     filter: str | None = Field(
-        None, description="package.module.name of a function, called with each sample's json as a dict; where it is false: `filtered`"
+        None,
+        description="package.module.name of a function, called with each sample's json as a dict; where it is false: `filtered`. Another "
+        "source code of its module makes another dataset; what that imports is not looked at",
     )
     fetch: Fetch = Fetch()
     size: Bytes = Field(256 * 2**20, description="of a shard, about")

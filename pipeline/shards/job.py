@@ -19,6 +19,7 @@ from pipeline.config import Config, fingerprint
 from pipeline.config.shard import Shard
 from pipeline.core import progress
 from pipeline.core.errors import CredentialsError, DataError, StorageError
+from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.fill import Filling, fill_shard
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
@@ -42,12 +43,20 @@ def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple
     unfinished dataset is gone on with, a different one at `directory` is replaced.
 
     Raises:
-        UserError: the source or the directory cannot be used, a split is empty, or every sample was dropped.
+        UserError: the source or the directory cannot be used, a split is empty, or every sample was dropped; or there is another dataset,
+            and it may not `grow`, since a run has trained on it.
         InfrastructureError: a machine failed more often than tasks are retried.
     """
     shard = config.shard
     assert shard is not None, "called for a config with a shard section"
     found, start = find_made(shard, directory), time.monotonic()
+    if found is None and not grow and find_manifest(directory) is not None:
+        raise DataError(
+            f"shard: the run has trained on the dataset in {directory.url}, of which the config, or the source code of shard.filter, was "
+            "another; put it back, or begin anew (--fresh, or another name)"
+        )
+    if shard.filter is not None and source_hash("shard.filter", shard.filter) is None:
+        progress.say(f"warning: shard.filter: the source code of {shard.filter} cannot be read, so nobody would see that it has changed")
     made = _grow(shard, directory, found, grow) if found is not None else _make(shard, directory, None, None)
     if made is None:
         assert found is not None, "only a dataset that is there can have nothing new"
@@ -64,8 +73,11 @@ def find_made(shard: Shard, directory: Storage) -> Manifest | None:
 
 
 def dataset_fingerprint(shard: Shard) -> str:
-    """Of what decides the bytes; where the images come from, how they are fetched and how many workers read them does not."""
+    """Of what decides the bytes, the source code of the filter too; where the images come from, how they are fetched and how many workers
+    read them does not. Raises ConfigError where the filter cannot be found."""
     decides = shard.model_dump(mode="json", include=_DECIDES)
+    if shard.filter is not None:
+        decides["filter_source"] = source_hash("shard.filter", shard.filter)
     return fingerprint({**decides, "source": {"format": shard.source.format, "columns": shard.source.columns}})
 
 
