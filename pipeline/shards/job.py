@@ -18,10 +18,11 @@ from typing import Any
 from pipeline.config import Config, fingerprint
 from pipeline.config.shard import Shard
 from pipeline.core import progress
-from pipeline.core.errors import CredentialsError, DataError, StorageError
+from pipeline.core.errors import CredentialsError, DataError, InfrastructureError, StorageError
 from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
-from pipeline.shards.fill import Filling, fill_shard
+from pipeline.shards.executions import find_mixed
+from pipeline.shards.fill import STAGE, Filling, fill_shard
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
 from pipeline.shards.plan import Header, Plan, Planner
 from pipeline.shards.records import EARLIER, run_recorded
@@ -31,6 +32,7 @@ from pipeline.shards.sources import Source, open_source
 from pipeline.shards.table import ShardTable
 from pipeline.shards.work import State, clear, free_numbers, place_of, read_state, tidy, write_state
 
+_ATTEMPTS = 3  # at shards of one piece
 _DECIDES = {"images", "text", "filter", "splits", "size", "samples", "shuffle"}
 
 
@@ -117,7 +119,7 @@ def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State
         write_state(directory, plan.header, state, found.version)
         return None
     clear(directory, place, is_first=found is None)
-    filled = _fill(shard, source, plan, place, directory, workers)
+    filled = _fill_whole(shard, source, plan, place, directory, workers)
     try:
         manifest, shards = _summarise(shard, plan, filled, found, directory)
     except DataError:
@@ -159,11 +161,24 @@ class _Filled:
         self.largest_label = max(self.largest_label, result["largest_label"])
 
 
+def _fill_whole(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
+    """All shards, each of one piece."""
+    for _ in range(_ATTEMPTS):
+        filled = _fill(shard, source, plan, place, directory, workers)
+        mixed = find_mixed(place, directory, {record.name: record for record in filled.records})
+        if not mixed:
+            return filled
+        progress.say(f"shard        {', '.join(mixed)}: two tasks have written it at once, so it is made anew")
+        for name in mixed:
+            place.remove(f"{STAGE}/{name}.json")
+    raise InfrastructureError(f"shard: {', '.join(mixed)}: other tasks write it all the time; is the same job running twice?")
+
+
 def _fill(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
     filled, tally = _Filled(), progress.Tally()
     shared = (Filling.of(source, shard, plan.header.classes, workers), place, directory)
 
-    for result in run_recorded("shard", "images", "fill", fill_shard, plan.jobs, shared, place, workers, tally.told):
+    for result in run_recorded("shard", "images", STAGE, fill_shard, plan.jobs, shared, place, workers, tally.told):
         before = filled.bytes
         filled.add(result)
         kept = result["read"] - sum(result["dropped"].values())
