@@ -15,7 +15,8 @@ from pipeline.core import units
 
 class Source(Section):
     """Where images come from. `folder`: a class a sub-folder, or one flat folder; side files .txt, .cls, .json. `urls`: tables of URLs and
-    captions. `table`: tables with the images' bytes in them. `tars`: WebDataset tars, written anew."""
+    captions. `table`: tables with the images' bytes in them. `tars`: WebDataset tars, written anew, but for what deny-lists
+    beside them name."""
 
     format: str = "folder"
     url: str = Field(description="the folder; or a table, a folder of tables or a pattern of them (*.parquet, *.csv, *.jsonl); or tars")

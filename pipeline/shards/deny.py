@@ -47,8 +47,8 @@ def name_for(name: str, version: int) -> str:
     return name if version == 1 else f"{name}-v{version}"
 
 
-def own_lists(directory: Storage, version: int) -> list[str]:
-    """The paths of the lists in a dataset's directory that hold for a version of it, by name."""
+def own_lists(directory: Storage, version: int | None) -> list[str]:
+    """The paths of the lists in a dataset's directory that hold for a version of it (None: the newest), by name."""
     return [path for _, path in sorted(_newest(directory, version).items())]
 
 
@@ -57,13 +57,13 @@ def holds(directory: Storage, name: str, version: int) -> bool:
     return name in _newest(directory, version)
 
 
-def _newest(directory: Storage, version: int) -> dict[str, str]:
+def _newest(directory: Storage, version: int | None) -> dict[str, str]:
     """By name, the paths of the lists that hold for a version."""
     newest: dict[str, tuple[int, str]] = {}
     for file in directory.names(DIRECTORY):
         if match := _LIST.fullmatch(file):
             name, of = match[1], int(match[2] or 1)
-            if of <= version and of >= newest.get(name, (0, ""))[0]:
+            if (version is None or of <= version) and of >= newest.get(name, (0, ""))[0]:
                 newest[name] = of, f"{DIRECTORY}/{file}"
     return {name: path for name, (_, path) in newest.items()}
 

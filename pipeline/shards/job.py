@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config import Config, fingerprint
@@ -21,6 +21,7 @@ from pipeline.core import progress
 from pipeline.core.errors import CredentialsError, DataError, InfrastructureError, StorageError
 from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
+from pipeline.shards.dropped import DENIED
 from pipeline.shards.executions import find_mixed
 from pipeline.shards.fill import STAGE, Filling, fill_shard
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
@@ -30,6 +31,7 @@ from pipeline.shards.samples import printable
 from pipeline.shards.shuffle import Earlier
 from pipeline.shards.sources import Source, open_source
 from pipeline.shards.table import ShardTable
+from pipeline.shards.withdrawn import withdraw
 from pipeline.shards.work import State, clear, free_numbers, place_of, read_state, tidy, write_state
 
 _ATTEMPTS = 3  # at shards of one piece
@@ -41,7 +43,8 @@ def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple
 
     Needs a Ray that is initialised. Returns the manifest and metrics (`shard/read`, `shard/images_per_s`, ..), which are
     empty where the dataset was there already. Rows that its source has got since make a further version, if it may `grow`:
-    those whose key is new; rows that are gone from the source stay, and what changed under a key it has is not read again. An
+    those whose key is new; rows that are gone from the source stay, and what changed under a key it has is not read again; what the source
+    has denied since is denied here too (`withdrawn.py`). An
     unfinished dataset is gone on with, a different one at `directory` is replaced.
 
     Raises:
@@ -114,10 +117,12 @@ def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State
 
     place, workers = place_of(directory, version), shard.workers or default_workers()
     plan = Planner(shard, source, header, survey.rows, earlier, place, workers).plan(firsts)
-    if found is not None and not plan.header.read:
-        place.remove()
-        write_state(directory, plan.header, state, found.version)
-        return None
+    if found is not None:
+        withdraw(directory, place)
+        if plan.header.read == plan.header.dropped.get(DENIED, 0):  # which the version before has counted, or will never be written
+            place.remove()
+            write_state(directory, replace(plan.header, read=0), state, found.version)
+            return None
     clear(directory, place, is_first=found is None)
     filled = _fill_whole(shard, source, plan, place, directory, workers)
     try:
@@ -190,6 +195,8 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
     """The manifest and all shards of a version, those of the versions before it among them."""
     header = plan.header
     dropped = Counter(header.dropped) + new.dropped
+    before = Counter(found.dropped) if found else Counter[str]()
+    denied = before.pop(DENIED, 0)  # looked at again, so they are among those of this version, unless they are denied no more
     splits = dict.fromkeys(sorted(shard.splits), 0) | (found.splits if found else {})
     for record in new.records:
         splits[record.split] += record.samples
@@ -200,7 +207,7 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
         if count == 0:
             raise DataError(f"shard.splits.{split}: all of its images were dropped (of the whole source: {reasons})")
     shards = ([*ShardTable(directory, version=found.version)] if found else []) + new.records
-    named = heapq.nsmallest(NAMED, [*header.named, *new.named, *(found.dropped_samples if found else [])], key=lambda d: d["file"])
+    named = heapq.nsmallest(NAMED, [*header.named, *new.named, *_still_dropped(found)], key=lambda d: d["file"])
     smallest = new.smallest if found is None else (min(new.smallest[0], found.smallest[0]), min(new.smallest[1], found.smallest[1]))
     most = max(new.largest_label + 1, len(found.classes) if found else 0)
     manifest = Manifest(
@@ -211,17 +218,21 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
         classes=[printable(c) for c in header.classes] or [str(n) for n in range(most)],
         splits=splits,
         bytes=sum(s.bytes for s in shards),
-        read=header.read + (found.read if found else 0),
+        read=header.read + (found.read - denied if found else 0),
         written=sum(splits.values()),
         decoded=shard.images.check == "decode",
         ignored=header.ignored,
-        dropped=dict(sorted((dropped + Counter(found.dropped if found else {})).items())),
+        dropped=dict(sorted((dropped + before).items())),
         dropped_samples=named,
         smallest=smallest,
         version=header.version,
     )
     assert manifest.read == manifest.written + sum(manifest.dropped.values()), "every image is written or dropped"
     return manifest, shards
+
+
+def _still_dropped(found: Manifest | None) -> list[dict[str, str]]:
+    return [named for named in found.dropped_samples if named["reason"] != DENIED] if found else []
 
 
 def _metrics(manifest: Manifest, filled: _Filled, seconds: float) -> dict[str, float]:
