@@ -3,10 +3,12 @@
 Ray executes a task again when the machine under it seems dead; behind a split network the first execution may go on. Of answers from the
 web each makes other bytes, and stores have neither a rename nor, all of them, writes with a condition. So an execution
 
-- leaves a mark before it begins, `<place>/running/<name>/<id>`, and looks which others are there. Where there are any, the shard is
-  doubtful from now on (`<place>/doubtful/<name>`).
-- looks again when all is made and nothing published. Where the shard has a record by now, that one's result is its own. Where another has
-  begun since, or its own mark is gone with the plan, this is the one that was presumed dead, and it gives up.
+- leaves a mark before it begins, `<place>/running/<name>/<id>`, and looks which others are there. Where there are any, and the shard has no
+  record, it is doubtful from now on (`<place>/doubtful/<name>`).
+- looks again when all is made and nothing published. Where another has begun since, or its own mark is gone with the plan, this is the one
+  that was presumed dead, and it gives up.
+
+Whoever finds a record, written last by another, has that one's result for its own.
 
 Before the manifest is published, doubtful shards are read, and compared with their records; what is not of one piece is made anew.
 
@@ -54,6 +56,7 @@ class Execution:
         self._place.write(f"{_RUNNING}/{self._name}/{self._id}", b"")
         self._before = self._marks() - {self._id}
         if self._before:
+            self._look_for_record()
             self._place.write(f"{_DOUBTFUL}/{self._name}", b"")
         return self
 
@@ -68,10 +71,14 @@ class Execution:
             Published: the shard has a record. InfrastructureError: this execution was presumed dead.
         """
         marks = self._marks()
-        if marks != {self._id} and self._place.exists(self._record):
-            raise Published(json.loads(self._place.read(self._record)))
+        if marks != {self._id}:
+            self._look_for_record()
         if self._id not in marks or marks - self._before - {self._id}:
             raise InfrastructureError("this task was presumed dead, and others have gone on without it")
+
+    def _look_for_record(self) -> None:
+        if self._place.exists(self._record):
+            raise Published(json.loads(self._place.read(self._record)))
 
     def _marks(self) -> set[str]:
         return {name for name in self._place.names(f"{_RUNNING}/{self._name}") if name[0] != "."}  # some are being written

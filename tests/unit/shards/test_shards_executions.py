@@ -131,6 +131,10 @@ def test_one_that_still_downloads_takes_the_record_of_the_other(web: tuple[Web, 
     web[0].held[0].set()
     assert first.result(WAIT) == second and job.mixed(second) == [] and job.place.names("doubtful") == [NAME]
     assert web[0].images[1] in job.directory.read(NAME)
+    asked = web[0].times.total()
+    assert (
+        job.execute().result(WAIT) == second and web[0].times.total() == asked
+    )  # of a result that was lost on its way nothing is repeated
 
 
 def test_one_that_still_downloads_gives_up_for_one_that_has_begun(web: tuple[Web, str], job: Job) -> None:
