@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config.shard import Fetch, Shard
-from pipeline.core.errors import InfrastructureError
+from pipeline.core.errors import ConfigError, InfrastructureError
+from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.dropped import UNANSWERED, Dropped
 from pipeline.shards.executions import Execution, Published
@@ -31,17 +32,28 @@ _HEADERS = 2048  # bytes of a sample in a tar beside its members, about
 
 @dataclass(frozen=True)
 class Filling:
-    """What all shards of a job have in common. `share`: tasks that fetch at the same time."""
+    """What all shards of a job have in common. `share`: tasks that fetch at the same time. `filter_source`: the hash of the filter's source
+    code where the job was begun."""
 
     source: Source
     recipe: Recipe
     fetch: Fetch
     classes: list[str]
     share: int
+    filter_source: str | None = None
 
     @staticmethod
     def of(source: Source, shard: Shard, classes: list[str], share: int) -> Filling:
-        return Filling(source, Recipe.of(shard), shard.fetch, classes, share)
+        code = source_hash("shard.filter", shard.filter) if shard.filter is not None else None
+        return Filling(source, Recipe.of(shard), shard.fetch, classes, share, code)
+
+    def check(self) -> None:
+        """Raises ConfigError where the filter is another on this machine, or has changed meanwhile: shards must not be of both."""
+        name = self.recipe.filter
+        if name is not None and source_hash("shard.filter", name) != self.filter_source:
+            raise ConfigError(
+                f"shard.filter: the source code of {name} is not what it was when the job began, or where; the same command begins anew"
+            )
 
 
 def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filling, place: Storage, directory: Storage) -> dict[str, Any]:
@@ -58,6 +70,7 @@ def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filli
 def _fill_shard(
     name: str, split: str, group: int, row_group: int, filling: Filling, place: Storage, directory: Storage, execution: Execution
 ) -> dict[str, Any]:
+    filling.check()
     rows = list(read_rows(place, group, row_group))
     drops: list[dict[str, str]] = []
     dropped: Counter[str] = Counter()

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.config import Config, fingerprint
 from pipeline.config.shard import Shard
 from pipeline.core import progress
-from pipeline.core.errors import CredentialsError, DataError, InfrastructureError, StorageError
+from pipeline.core.errors import ConfigError, CredentialsError, DataError, InfrastructureError, StorageError
 from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.dropped import DENIED
@@ -167,7 +167,9 @@ class _Filled:
 
 
 def _fill_whole(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
-    """All shards, each of one piece."""
+    """All shards, each of one piece, and all by the filter that the plan was made with."""
+    if dataset_fingerprint(shard) != plan.header.config:
+        raise ConfigError(f"shard.filter: the source code of {shard.filter} has changed since it began; the same command begins anew")
     for _ in range(_ATTEMPTS):
         filled = _fill(shard, source, plan, place, directory, workers)
         mixed = find_mixed(place, directory, {record.name: record for record in filled.records})
