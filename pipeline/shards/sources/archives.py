@@ -66,7 +66,8 @@ class TarSource(Source):
         total, index = sum(p.bytes for p in parts), self._index(parts[0])
         rows = max(1, round(total / (self._mean_bytes(parts[0]) if index is None else parts[0].bytes / max(1, len(index)))))
         self._denying.clear()
-        denied = [told for folder in sorted({_folder(part) for part in parts}) for paths, told in [self._deny_lists(folder)] if paths]
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            denied = [told for paths, told in pool.map(self._deny_lists, sorted({_folder(part) for part in parts})) if paths]
         stamp = stamp_of(parts)
         if denied:
             stamp = hashlib.sha256(json.dumps([stamp, denied]).encode()).hexdigest()
