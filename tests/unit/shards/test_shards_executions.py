@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +76,44 @@ def web(encoded: Callable[..., bytes], photo: Callable[..., Image.Image]) -> Ite
 
 
 class Stalls(Storage):
-    """Stands still before it writes an index."""
+    """Stands still before it writes an index: leaves the file `reached`, and goes on when there is one `go`."""
 
-    def __init__(self, directory: Storage) -> None:
+    def __init__(self, directory: Storage, folder: Path) -> None:
         super().__init__(directory.url, directory.endpoint)
-        self.reached, self.go = threading.Event(), threading.Event()
+        self.reached, self.go = folder / "reached", folder / "go"
 
     def write(self, key: str, data: bytes) -> None:
         if key.endswith(".index.parquet"):
-            self.reached.set()
-            assert self.go.wait(WAIT)
+            self.reached.touch()
+            await_file(self.go)
         super().write(key, data)
 
 
-class Job:
-    """The plan of one shard, and executions of its task, each in a thread, that leave a record as tasks do."""
+def await_file(path: Path) -> None:
+    end = time.monotonic() + WAIT
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} did not come"
+        time.sleep(0.01)
 
-    def __init__(self, url: str, folder: Path, directory: Storage) -> None:
+
+def execute(arguments: tuple[Any, ...], filling: Filling, place: Storage, directory: Storage) -> dict[str, Any]:
+    """As tasks do, with a record."""
+    result = fill_shard(*arguments, filling, place, directory)
+    place.write(f"{STAGE}/{NAME}.json", json.dumps(result).encode())
+    return result
+
+
+@pytest.fixture(scope="module")
+def elsewhere(cluster: None) -> Iterator[ProcessPoolExecutor]:
+    """Another process, as a task has it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+class Job:
+    """The plan of one shard, and executions of its task: the first in another process, further ones in a thread of this one."""
+
+    def __init__(self, url: str, folder: Path, directory: Storage, elsewhere: ProcessPoolExecutor) -> None:
         pq.write_table(pa.table({"url": [f"{url}/{n}" for n in range(ROWS)]}), folder / "in.parquet")
         fetch = {"allow": ["127.0.0.1"], "robots": False, "retries": 0, "timeout": "60 seconds"}
         section = {"source": {"format": "urls", "url": str(folder / "in.parquet")}, "samples": ROWS, "fetch": fetch}
@@ -101,47 +124,46 @@ class Job:
         header = Header(1, dataset_fingerprint(self.shard), self.shard.source.url, survey.stamp, [])
         self.plan = Planner(self.shard, source, header, survey.rows, Earlier(), self.place, 1).plan({})
         clear(directory, self.place, is_first=True)
-        self.filling, self.pool = Filling.of(source, self.shard, [], 1), ThreadPoolExecutor(2)
+        self.filling = Filling.of(source, self.shard, [], 1)
+        self.elsewhere, self.here = elsewhere, ThreadPoolExecutor(1)
 
-    def execute(self, directory: Storage | None = None) -> Future[dict[str, Any]]:
-        def run() -> dict[str, Any]:
-            [(_, arguments)] = self.plan.jobs()
-            result = fill_shard(*arguments, self.filling, self.place, directory or self.directory)
-            self.place.write(f"{STAGE}/{NAME}.json", json.dumps(result).encode())
-            return result
+    def begin(self, directory: Storage | None = None) -> Future[dict[str, Any]]:
+        [(_, arguments)] = self.plan.jobs()
+        return self.elsewhere.submit(execute, arguments, self.filling, self.place, directory or self.directory)
 
-        return self.pool.submit(run)
+    def begin_again(self) -> Future[dict[str, Any]]:
+        [(_, arguments)] = self.plan.jobs()
+        return self.here.submit(execute, arguments, self.filling, self.place, self.directory)
 
     def mixed(self, result: dict[str, Any]) -> list[str]:
         return find_mixed(self.place, self.directory, {NAME: ShardRecord(**result["record"])})
 
 
 @pytest.fixture
-def job(web: tuple[Web, str], tmp_path: Path, store: Storage, cluster: None) -> Iterator[Job]:
-    made = Job(web[1], tmp_path, store)
+def job(web: tuple[Web, str], tmp_path: Path, store: Storage, elsewhere: ProcessPoolExecutor) -> Iterator[Job]:
+    made = Job(web[1], tmp_path, store, elsewhere)
     yield made
-    made.pool.shutdown()
+    made.here.shutdown()
 
 
 def test_one_that_still_downloads_takes_the_record_of_the_other(web: tuple[Web, str], job: Job) -> None:
     web[0].held[0] = threading.Event()
-    first = job.execute()
+    first = job.begin()
     assert web[0].asked.acquire(timeout=WAIT)
-    second = job.execute().result(WAIT)
+    second = job.begin_again().result(WAIT)
     web[0].held[0].set()
     assert first.result(WAIT) == second and job.mixed(second) == [] and job.place.names("doubtful") == [NAME]
     assert web[0].images[1] in job.directory.read(NAME)
     asked = web[0].times.total()
-    assert (
-        job.execute().result(WAIT) == second and web[0].times.total() == asked
-    )  # of a result that was lost on its way nothing is repeated
+    # A result that was lost on its way is made again by nobody.
+    assert job.begin_again().result(WAIT) == second and web[0].times.total() == asked
 
 
 def test_one_that_still_downloads_gives_up_for_one_that_has_begun(web: tuple[Web, str], job: Job) -> None:
     web[0].held |= {0: threading.Event(), 1: threading.Event()}
-    first = job.execute()
+    first = job.begin()
     assert web[0].asked.acquire(timeout=WAIT)
-    second = job.execute()
+    second = job.begin_again()
     assert web[0].asked.acquire(timeout=WAIT)
     web[0].held[0].set()
     with pytest.raises(InfrastructureError, match="this task was presumed dead"):
@@ -153,7 +175,7 @@ def test_one_that_still_downloads_gives_up_for_one_that_has_begun(web: tuple[Web
 
 def test_one_that_has_outlived_its_plan_publishes_nothing(web: tuple[Web, str], job: Job) -> None:
     web[0].held[0] = threading.Event()
-    late = job.execute()
+    late = job.begin()
     assert web[0].asked.acquire(timeout=WAIT)
     job.place.remove()
     web[0].held[0].set()
@@ -163,14 +185,14 @@ def test_one_that_has_outlived_its_plan_publishes_nothing(web: tuple[Web, str], 
 
 
 @pytest.mark.parametrize("last", ["first", "second"])
-def test_tar_of_one_and_index_of_the_other_are_made_anew(web: tuple[Web, str], job: Job, last: str) -> None:
+def test_tar_of_one_and_index_of_the_other_are_made_anew(web: tuple[Web, str], job: Job, last: str, tmp_path: Path) -> None:
     """The first stands still between tar and index until the second has both; whoever's record stays, the job notices."""
-    stalls = Stalls(job.directory)
-    first = job.execute(stalls)
-    assert stalls.reached.wait(WAIT)
-    second = job.execute().result(WAIT)
+    stalls = Stalls(job.directory, tmp_path)
+    first = job.begin(stalls)
+    await_file(stalls.reached)
+    second = job.begin_again().result(WAIT)
     assert job.mixed(second) == []
-    stalls.go.set()
+    stalls.go.touch()
     results = {"first": first.result(WAIT), "second": second}
     job.place.write(f"{STAGE}/{NAME}.json", json.dumps(results[last]).encode())
     assert web[0].images[1] in job.directory.read(NAME) and job.mixed(results["first"]) == job.mixed(results["second"]) == [NAME]
