@@ -15,7 +15,8 @@ from pipeline.core import units
 
 class Source(Section):
     """Where images come from. `folder`: a class a sub-folder, or one flat folder; side files .txt, .cls, .json. `urls`: tables of URLs and
-    captions. `table`: tables with the images' bytes in them. `tars`: WebDataset tars, written anew."""
+    captions. `table`: tables with the images' bytes in them. `tars`: WebDataset tars, written anew, but for what deny-lists
+    beside them name."""
 
     format: str = "folder"
     url: str = Field(description="the folder; or a table, a folder of tables or a pattern of them (*.parquet, *.csv, *.jsonl); or tars")
@@ -167,7 +168,9 @@ class Shard(Section):
     images: ShardImages = ShardImages()
     text: ShardText = ShardText()
     filter: str | None = Field(
-        None, description="package.module.name of a function, called with each sample's json as a dict; where it is false: `filtered`"
+        None,
+        description="package.module.name of a function, called with each sample's json as a dict; where it is false: `filtered`. Another "
+        "source code of its module makes another dataset; what that imports is not looked at",
     )
     fetch: Fetch = Fetch()
     size: Bytes = Field(256 * 2**20, description="of a shard, about")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 from pipeline.core.errors import ConfigError, nearest
@@ -33,3 +37,31 @@ def load_function(where: str, name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"{where}: {name!r} is a {type(function).__name__}, not a function")
     return function
+
+
+def source_hash(where: str, name: str) -> str | None:
+    """SHA-256 of the files that a function comes from, as they are now: of the module that it is named in, and of the one where it, or what
+    it wraps, was written. What these import is not looked at. None where there is no such file, as of what is built into Python.
+
+    Raises:
+        ConfigError: as `load_function`.
+    """
+    written = getattr(inspect.unwrap(load_function(where, name)), "__module__", None)
+    named, digest = name.rpartition(".")[0], hashlib.sha256()
+    modules = [named] if written in (None, named) or written.partition(".")[0] in sys.stdlib_module_names else [named, written]
+    for module in modules:
+        if (data := _file_of(sys.modules[module])) is None:
+            return None
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _file_of(module: ModuleType) -> bytes | None:
+    """Its bytes, in an archive too."""
+    path, read = getattr(module, "__file__", None), getattr(getattr(module, "__loader__", None), "get_data", None)
+    if path is None or read is None:
+        return None
+    try:
+        return read(path)
+    except OSError:
+        return None

@@ -5,7 +5,8 @@ Shapes: N samples, D the model's width, C classes, P input pixels a side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,19 @@ class Features:
 
 def device() -> torch.device:
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Products and convolutions of fp32 keep its 24 bits on GPUs too: cuDNN's would have the 11 of TF32, by PyTorch's default, and those of
+    matrices where somebody allowed it."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def load_model(card: ModelCard, state: dict[str, torch.Tensor]) -> Model:

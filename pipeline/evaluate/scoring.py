@@ -19,7 +19,7 @@ from pipeline.config.shard import Score
 from pipeline.core.errors import ConfigError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.evaluate.features import device, preprocess
+from pipeline.evaluate.features import device, full_fp32, preprocess
 from pipeline.evaluate.subject import with_tokenizer
 from pipeline.evaluate.wanted import hash_weights
 from pipeline.evaluate.zeroshot import open_tower
@@ -40,7 +40,7 @@ _at_hand: dict[str, tuple[CLIP, Tokenizer]] = {}  # the model of this process, b
 @dataclass(frozen=True)
 class Similarity:
     """The cosine of image and caption, as CLIP filters web-scale data (arXiv 2111.02114, section 2): images in the model's evaluation view,
-    captions by its own tokenizer, in fp32. A sample without a caption, or whose image cannot be decoded, has none.
+    captions by its own tokenizer, in fp32, of a GPU as of a CPU. A sample without a caption, or whose image cannot be decoded, has none.
 
     Rounded to 1e-6. Rows do not meet in the model, so other batches change a value by rounding alone (under 1e-6 in fp32 on one machine).
     """
@@ -61,7 +61,7 @@ class Similarity:
                 continue
             shown.append(place)
         if shown:
-            with torch.inference_mode():
+            with torch.inference_mode(), full_fp32():
                 seen = model.encode_image(preprocess(self.card)(images[: len(shown)].to(device())))
                 tokens = tokenizer([rows[place].text or "" for place in shown], model.options.context)
                 cosines = (seen * model.encode_text(tokens.to(device()))).sum(dim=1).double().cpu()
@@ -90,7 +90,7 @@ def score_columns(score: Score, endpoint: str | None, where: str) -> Columns:
     card = _equip(card, score, endpoint, where)
     weights = {name: tensor.numpy() for name, tensor in state.items()}
     made_of = {
-        "similarity": 1,  # counts changes of how it is worked out
+        "similarity": 2,  # counts changes of how it is worked out
         "weights": hash_weights(weights),
         "tokenizer": card.tokenizer,
         "preprocessing": [card.pixels, card.mean, card.std],

@@ -34,7 +34,11 @@ _endpoint = click.option("--endpoint", envvar="AWS_ENDPOINT_URL", help="The endp
     "--column", "columns", multiple=True, metavar="NAME", help="Copy this number of each sample's json into the index (repeatable)."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Tars read at a time; by default one a core.")
-@click.option("--force", is_flag=True, help="Where a dataset is there already, index its tars anew.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Where a dataset is there already, index its tars anew: its versions, added columns and lists made of them go; takedowns stay.",
+)
 @_endpoint
 def adopt(
     url: str, split: str, classes: Path | None, columns: tuple[str, ...], workers: int | None, force: bool, endpoint: str | None
@@ -179,7 +183,7 @@ def contamination(
         connect_ray(local="RAY_ADDRESS" not in os.environ)
         if near is not None:
             ensure_hashes(directory, workers)
-        for audit in find_contamination(directory, sets, workers):
+        for audit in find_contamination(directory, sets, workers)["sets"]:
             click.echo(audit["url"])
             for name, counts in audit["images"].items():
                 click.echo(f"  {name}: of {counts['images']:,} images {counts['exact']:,} are here too, and {counts['near']:,} nearly")

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pipeline.config import fingerprint
 from pipeline.core.errors import CredentialsError, DataError, StorageError, UserError
 from pipeline.core.storage import Storage
-from pipeline.shards import columns
 from pipeline.shards.index import TarIndex, index_schema, smallest
 from pipeline.shards.manifest import INDEX_SCHEMA, NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish, table_bytes
 from pipeline.shards.tars import Tape, read_blocks
 from pipeline.shards.tasks import run_tasks
+from pipeline.shards.work import forget
 
 AUTO = "auto"  # as a split: each tar's own, the word before the first dash of its name
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -86,7 +86,8 @@ class _Sums:
 
 
 def adopt(directory: Storage, options: Options, workers: int | None = None, force: bool = False) -> tuple[Manifest, list[str]]:
-    """Index every *.tar that lies directly at `directory`. Needs a Ray that is initialised. May be interrupted and repeated.
+    """Index every *.tar that lies directly at `directory`. Needs a Ray that is initialised. May be interrupted and repeated. Of a dataset
+    that it replaces there stay the tars, and what was taken down (`forget`).
 
     Returns the manifest, and remarks: on tars that do not end as they should, and columns that no sample has.
 
@@ -97,8 +98,7 @@ def adopt(directory: Storage, options: Options, workers: int | None = None, forc
     """
     splits = check(directory, options, force)
     directory.check_writable()
-    directory.remove("manifest.json")  # first, so that nobody reads an old table beside new indices
-    directory.remove(columns.FILE)  # of indices that will be made anew
+    forget(directory)  # its indices will be made anew
     jobs, sums = [(1, item) for item in splits.items()], _Sums()
     tasks = run_tasks("adopt", "tars", adopt_tar, jobs, (directory, options), workers, sums.told)
     for tar in tasks:

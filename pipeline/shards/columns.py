@@ -139,7 +139,7 @@ def add_columns(directory: Storage, columns: Columns, workers: int | None = None
     def told() -> str:
         return f"{sum(s.computed for s in sums.values()) // len(sums):,} shards computed"
 
-    tasks = over_shards(label, directory, add_to_shard, (directory, columns), told, workers, columns.gpus)
+    tasks = over_shards(label, directory, add_to_shard, (directory, columns), told, workers, columns.gpus, kept=True)
     for added in tasks:
         for name, part in added.parts.items():
             sums[name].add(part, added.computed)

@@ -15,7 +15,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.core.tracking import redact
-from pipeline.shards.deny import own_lists
+from pipeline.shards.deny import count_keys, own_lists
 
 _TAIL = 1 << 18  # bytes; most footers are smaller
 _AUDITED = ("duplicates", "contamination")  # lists whose makers keep counts beside the manifest
@@ -24,8 +24,8 @@ _VERSION = re.compile(r"-v\d+$")
 
 @dataclass(frozen=True)
 class Denied:
-    """The list `name` leaves out `samples`, an image in two evaluation sets counted twice; other lists may leave them out too. `exact` and
-    `near` say how many of these are equal files and near pictures, where its maker counted."""
+    """The list `name` leaves out `samples`, each counted once; other lists may leave them out too. `exact` and `near` say how many of these
+    are equal files and near pictures, where its maker counted."""
 
     name: str
     samples: int
@@ -57,7 +57,7 @@ def list_denied(directory: Storage, version: int) -> tuple[list[Denied], list[Co
     lists, sets = list[Denied](), list[Contaminated]()
     for path in own_lists(directory, version):
         name = path.rpartition("/")[2].removesuffix(".parquet")
-        kind, samples = _VERSION.sub("", name), _rows(directory, path)
+        kind, samples = _VERSION.sub("", name), _keys(directory, path)
         audit = _audit(directory, f"{name}.json") if kind in _AUDITED else None
         try:
             lists.append(Denied(name, samples, *(_both(audit) if audit else ())))
@@ -78,7 +78,7 @@ def _audit(directory: Storage, file: str) -> dict[str, Any] | None:
 
 def _both(audit: Mapping[str, Any]) -> tuple[int, int]:
     """(equal files, near pictures)."""
-    denied = [counts for one in audit.get("sets", [audit]) for counts in one["denied"].values()]
+    denied = audit["denied"].values()
     return sum(counts["exact"] for counts in denied), sum(counts["near"] for counts in denied)
 
 
@@ -91,7 +91,7 @@ def _contaminated(audit: Mapping[str, Any]) -> list[Contaminated]:
     return rows
 
 
-def _rows(directory: Storage, key: str) -> int:
+def _keys(directory: Storage, key: str) -> int:
     """From the footer, which stands at the end of the file."""
     where = f"data {directory.url}/{key}"
     try:
@@ -99,7 +99,7 @@ def _rows(directory: Storage, key: str) -> int:
         for start in dict.fromkeys((max(0, size - _TAIL), 0)):
             tail = retrying(where, lambda start=start: directory.read_range(key, start, size))  # type: ignore[misc]
             try:
-                return pq.read_metadata(pa.BufferReader(tail)).num_rows
+                return count_keys(pq.read_metadata(pa.BufferReader(tail)))
             except pa.ArrowException:
                 if start == 0:
                     raise

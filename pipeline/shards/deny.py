@@ -1,9 +1,9 @@
 """Deny-lists of a dataset: `deny/<name>.parquet`, keys whose samples are left out as it is read. Shards stay as they are.
 
 A list has the column `key`, sorted, and further ones that say why: a row a reason, so an image in two evaluation sets has two rows. It is
-written whole or not at all, the same bytes whatever order its rows came in, and holds in its footer what it was made of, so that it need
-not be made again. It may be of any length: rows are sorted in runs that go to the disk, and the runs are merged a stretch of keys at a
-time.
+written whole or not at all, the same bytes whatever order its rows came in, and holds in its footer how many keys it has, and what it was
+made of, so that it need not be made again. It may be of any length: rows are sorted in runs that go to the disk, and the runs are merged
+a stretch of keys at a time.
 
 A list that was worked out for version n of a dataset is called `<name>-v<n>`, for the first one `<name>` alone. A version has of each name
 the list of its own or of the newest version before it, so that what comes later changes nothing of an earlier version. A takedown holds for
@@ -18,7 +18,7 @@ import re
 import struct
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ from pipeline.core.storage import Storage
 
 DIRECTORY = "deny"
 _LIST = re.compile(r"([^.].*?)(?:-v(\d+))?\.parquet")
-_ABOUT = b"tessera"  # the key in the file's metadata
+_ABOUT, _COUNT = b"tessera", b"tessera.keys"  # keys in the file's metadata
 _RUN = 1 << 27  # bytes of rows that are sorted in memory
 _STRETCH = 1 << 19  # rows that are merged at a time, about
 _GROUP = 1 << 18  # rows a row group
@@ -47,8 +47,8 @@ def name_for(name: str, version: int) -> str:
     return name if version == 1 else f"{name}-v{version}"
 
 
-def own_lists(directory: Storage, version: int) -> list[str]:
-    """The paths of the lists in a dataset's directory that hold for a version of it, by name."""
+def own_lists(directory: Storage, version: int | None) -> list[str]:
+    """The paths of the lists in a dataset's directory that hold for a version of it (None: the newest), by name."""
     return [path for _, path in sorted(_newest(directory, version).items())]
 
 
@@ -57,31 +57,36 @@ def holds(directory: Storage, name: str, version: int) -> bool:
     return name in _newest(directory, version)
 
 
-def _newest(directory: Storage, version: int) -> dict[str, str]:
+def _newest(directory: Storage, version: int | None) -> dict[str, str]:
     """By name, the paths of the lists that hold for a version."""
     newest: dict[str, tuple[int, str]] = {}
     for file in directory.names(DIRECTORY):
         if match := _LIST.fullmatch(file):
             name, of = match[1], int(match[2] or 1)
-            if of <= version and of >= newest.get(name, (0, ""))[0]:
+            if (version is None or of <= version) and of >= newest.get(name, (0, ""))[0]:
                 newest[name] = of, f"{DIRECTORY}/{file}"
     return {name: path for name, (_, path) in newest.items()}
 
 
 def find_about(directory: Storage, name: str) -> dict[str, Any] | None:
-    """What `DenyList` was told of the list `name`, and its `rows`; None where there is no such list, or one of another maker. Reads the
-    footer alone."""
+    """What `DenyList` was told of the list `name`, and how many `keys` it has; None where there is no such list, or one of another maker.
+    Reads the footer alone."""
     key = list_name(name)
     try:
         size = directory.head(key).size
         (length, _) = struct.unpack("<I4s", directory.read_range(key, size - _TAIL, size))
         footer = pq.read_metadata(io.BytesIO(b"PAR1" + directory.read_range(key, size - _TAIL - length, size)))
         about = (footer.metadata or {}).get(_ABOUT)
-        return None if about is None else {**json.loads(about), "rows": footer.num_rows}
+        return None if about is None else {**json.loads(about), "keys": count_keys(footer)}
     except FileNotFoundError:
         return None
     except (pa.ArrowException, OSError, ValueError, struct.error) as e:
         raise DataError(f"data {directory.url}/{key}: cannot be read ({e})") from e
+
+
+def count_keys(footer: pq.FileMetaData) -> int:
+    """By the footer of a list; of other makers' its rows."""
+    return int((footer.metadata or {}).get(_COUNT, footer.num_rows))
 
 
 class DenyList:
@@ -95,6 +100,7 @@ class DenyList:
         self.schema = pa.schema([("key", pa.string()), *reasons.items()])
         self._held: list[pa.Table] = []
         self._runs: list[pa.Table] = []  # sorted; on disk but for the last
+        self._keys = 0
         self.rows = 0
 
     def __enter__(self) -> Self:
@@ -112,17 +118,26 @@ class DenyList:
         if sum(t.nbytes for t in self._held) > _RUN:
             self._spill()
 
-    def publish(self, about: dict[str, Any]) -> int:
-        """Write the list over what was there; how many rows it has. `about` is JSON, and decides whether the list has to be made again."""
+    def publish(self, about: dict[str, Any], seen: Callable[[pa.Table], None] | None = None) -> int:
+        """Write the list over what was there; how many keys it has. `about` is JSON, and decides whether the list has to be made again.
+        `seen` gets all rows in order, those of a key together."""
         if self._held:
             self._runs.append(self._sorted(self._held))
         path = Path(self._folder.name, "list.parquet")
         schema = self.schema.with_metadata({_ABOUT: json.dumps(about, sort_keys=True).encode()})
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for group in _groups(self._merged(), self.schema):
+            for group in _groups(self._watched(seen), self.schema):
                 writer.write_table(group.replace_schema_metadata(schema.metadata), row_group_size=_GROUP)
+            writer.add_key_value_metadata({_COUNT: str(self._keys)})
         self._directory.put(path, list_name(self._name))
-        return self.rows
+        return self._keys
+
+    def _watched(self, seen: Callable[[pa.Table], None] | None) -> Iterator[pa.Table]:
+        for stretch in self._merged():
+            self._keys += pc.count_distinct(stretch["key"]).as_py()
+            if seen is not None:
+                seen(stretch)
+            yield stretch
 
     def _sorted(self, tables: list[pa.Table]) -> pa.Table:
         """By key, and by the other columns where keys are equal."""
@@ -137,7 +152,7 @@ class DenyList:
         self._runs.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
     def _merged(self) -> Iterator[pa.Table]:
-        """All rows in order: of each run the rows of one stretch of keys, sorted together, then those of the next."""
+        """All rows in order: of each run the rows of one stretch of keys, sorted together, then those of the next. A key's are in one."""
         keys = [_Keys(run) for run in self._runs]
         every = max(1, _STRETCH // max(1, len(keys)))
         borders = sorted({run[row] for run in keys for row in range(every, len(run), every)})

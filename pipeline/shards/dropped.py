@@ -19,6 +19,7 @@ class Dropped:
     detail: str
 
 
+DENIED = "denied"  # a reason of rows: a deny-list of the dataset that they are in names them
 UNANSWERED = frozenset({"dns", "refused", "reset", "timeout", "unreachable"})  # reasons of downloads of which nothing came back
 
 

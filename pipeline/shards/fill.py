@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config.shard import Fetch, Shard
-from pipeline.core.errors import InfrastructureError
+from pipeline.core.errors import ConfigError, InfrastructureError
+from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.dropped import UNANSWERED, Dropped
+from pipeline.shards.executions import Execution, Published
 from pipeline.shards.manifest import NAMED
 from pipeline.shards.pixels import prepare
 from pipeline.shards.samples import Recipe, Sample, make_sample, printable
@@ -21,6 +23,7 @@ from pipeline.shards.shuffle import Rule, first_rows, read_rows
 from pipeline.shards.sources import Item, Source
 from pipeline.shards.writer import write_shard
 
+STAGE = "fill"  # of the job: where shards have their records
 PROBED = 256  # rows
 _MANY = 100  # rows of a shard; where not one of so many is answered, it is the network that is away, not they
 _HELD = 1 << 28  # bytes of finished samples that wait in memory for those before them; further ones wait in a file
@@ -29,22 +32,45 @@ _HEADERS = 2048  # bytes of a sample in a tar beside its members, about
 
 @dataclass(frozen=True)
 class Filling:
-    """What all shards of a job have in common. `share`: tasks that fetch at the same time."""
+    """What all shards of a job have in common. `share`: tasks that fetch at the same time. `filter_source`: the hash of the filter's source
+    code where the job was begun."""
 
     source: Source
     recipe: Recipe
     fetch: Fetch
     classes: list[str]
     share: int
+    filter_source: str | None = None
 
     @staticmethod
     def of(source: Source, shard: Shard, classes: list[str], share: int) -> Filling:
-        return Filling(source, Recipe.of(shard), shard.fetch, classes, share)
+        code = source_hash("shard.filter", shard.filter) if shard.filter is not None else None
+        return Filling(source, Recipe.of(shard), shard.fetch, classes, share, code)
+
+    def check(self) -> None:
+        """Raises ConfigError where the filter is another on this machine, or has changed meanwhile: shards must not be of both."""
+        name = self.recipe.filter
+        if name is not None and source_hash("shard.filter", name) != self.filter_source:
+            raise ConfigError(
+                f"shard.filter: the source code of {name} is not what it was when the job began, or where; the same command begins anew"
+            )
 
 
 def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filling, place: Storage, directory: Storage) -> dict[str, Any]:
     """Write the shard `name` and its index (the body of a Ray task). Returns what its record holds: `record` (None: no sample was left),
-    `smallest`, `largest_label`, `dropped` by reason, and `named`, the first `NAMED` of them by file."""
+    `smallest`, `largest_label`, `dropped` by reason, and `named`, the first `NAMED` of them by file. Another execution may be under way
+    (`executions.py`)."""
+    try:
+        with Execution(place, f"{STAGE}/{name}.json", name) as execution:
+            return _fill_shard(name, split, group, row_group, filling, place, directory, execution)
+    except Published as another:
+        return another.result
+
+
+def _fill_shard(
+    name: str, split: str, group: int, row_group: int, filling: Filling, place: Storage, directory: Storage, execution: Execution
+) -> dict[str, Any]:
+    filling.check()
     rows = list(read_rows(place, group, row_group))
     drops: list[dict[str, str]] = []
     dropped: Counter[str] = Counter()
@@ -59,6 +85,7 @@ def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filli
         if len(rows) >= _MANY and sum(dropped[reason] for reason in UNANSWERED) == len(rows):
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
             raise InfrastructureError(f"none of its {len(rows):,} URLs was answered ({reasons}): this machine may have no network")
+        execution.settle()
 
     with warnings.catch_warnings(), closing(good()) as samples:  # closed, so that a shard that fails leaves no downloads under way
         warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise

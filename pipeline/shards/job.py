@@ -12,15 +12,18 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config import Config, fingerprint
 from pipeline.config.shard import Shard
 from pipeline.core import progress
-from pipeline.core.errors import CredentialsError, DataError, StorageError
+from pipeline.core.errors import ConfigError, CredentialsError, DataError, InfrastructureError, StorageError
+from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
-from pipeline.shards.fill import Filling, fill_shard
+from pipeline.shards.dropped import DENIED
+from pipeline.shards.executions import find_mixed
+from pipeline.shards.fill import STAGE, Filling, fill_shard
 from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
 from pipeline.shards.plan import Header, Plan, Planner
 from pipeline.shards.records import EARLIER, run_recorded
@@ -28,8 +31,10 @@ from pipeline.shards.samples import printable
 from pipeline.shards.shuffle import Earlier
 from pipeline.shards.sources import Source, open_source
 from pipeline.shards.table import ShardTable
+from pipeline.shards.withdrawn import withdraw
 from pipeline.shards.work import State, clear, free_numbers, place_of, read_state, tidy, write_state
 
+_ATTEMPTS = 3  # at shards of one piece
 _DECIDES = {"images", "text", "filter", "splits", "size", "samples", "shuffle"}
 
 
@@ -38,16 +43,25 @@ def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple
 
     Needs a Ray that is initialised. Returns the manifest and metrics (`shard/read`, `shard/images_per_s`, ..), which are
     empty where the dataset was there already. Rows that its source has got since make a further version, if it may `grow`:
-    those whose key is new; rows that are gone from the source stay, and what changed under a key it has is not read again. An
+    those whose key is new; rows that are gone from the source stay, and what changed under a key it has is not read again; what the source
+    has denied since is denied here too (`withdrawn.py`). An
     unfinished dataset is gone on with, a different one at `directory` is replaced.
 
     Raises:
-        UserError: the source or the directory cannot be used, a split is empty, or every sample was dropped.
+        UserError: the source or the directory cannot be used, a split is empty, or every sample was dropped; or there is another dataset,
+            and it may not `grow`, since a run has trained on it.
         InfrastructureError: a machine failed more often than tasks are retried.
     """
     shard = config.shard
     assert shard is not None, "called for a config with a shard section"
     found, start = find_made(shard, directory), time.monotonic()
+    if found is None and not grow and find_manifest(directory) is not None:
+        raise DataError(
+            f"shard: the run has trained on the dataset in {directory.url}, of which the config, or the source code of shard.filter, was "
+            "another; put it back, or begin anew (--fresh, or another name)"
+        )
+    if shard.filter is not None and source_hash("shard.filter", shard.filter) is None:
+        progress.say(f"warning: shard.filter: the source code of {shard.filter} cannot be read, so nobody would see that it has changed")
     made = _grow(shard, directory, found, grow) if found is not None else _make(shard, directory, None, None)
     if made is None:
         assert found is not None, "only a dataset that is there can have nothing new"
@@ -64,8 +78,11 @@ def find_made(shard: Shard, directory: Storage) -> Manifest | None:
 
 
 def dataset_fingerprint(shard: Shard) -> str:
-    """Of what decides the bytes; where the images come from, how they are fetched and how many workers read them does not."""
+    """Of what decides the bytes, the source code of the filter too; where the images come from, how they are fetched and how many workers
+    read them does not. Raises ConfigError where the filter cannot be found."""
     decides = shard.model_dump(mode="json", include=_DECIDES)
+    if shard.filter is not None:
+        decides["filter_source"] = source_hash("shard.filter", shard.filter)
     return fingerprint({**decides, "source": {"format": shard.source.format, "columns": shard.source.columns}})
 
 
@@ -100,12 +117,14 @@ def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State
 
     place, workers = place_of(directory, version), shard.workers or default_workers()
     plan = Planner(shard, source, header, survey.rows, earlier, place, workers).plan(firsts)
-    if found is not None and not plan.header.read:
-        place.remove()
-        write_state(directory, plan.header, state, found.version)
-        return None
+    if found is not None:
+        withdraw(directory, place)
+        if plan.header.read == plan.header.dropped.get(DENIED, 0):  # which the version before has counted, or will never be written
+            place.remove()
+            write_state(directory, replace(plan.header, read=0), state, found.version)
+            return None
     clear(directory, place, is_first=found is None)
-    filled = _fill(shard, source, plan, place, directory, workers)
+    filled = _fill_whole(shard, source, plan, place, directory, workers)
     try:
         manifest, shards = _summarise(shard, plan, filled, found, directory)
     except DataError:
@@ -147,11 +166,26 @@ class _Filled:
         self.largest_label = max(self.largest_label, result["largest_label"])
 
 
+def _fill_whole(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
+    """All shards, each of one piece, and all by the filter that the plan was made with."""
+    if dataset_fingerprint(shard) != plan.header.config:
+        raise ConfigError(f"shard.filter: the source code of {shard.filter} has changed since it began; the same command begins anew")
+    for _ in range(_ATTEMPTS):
+        filled = _fill(shard, source, plan, place, directory, workers)
+        mixed = find_mixed(place, directory, {record.name: record for record in filled.records})
+        if not mixed:
+            return filled
+        progress.say(f"shard        {', '.join(mixed)}: two tasks have written it at once, so it is made anew")
+        for name in mixed:
+            place.remove(f"{STAGE}/{name}.json")
+    raise InfrastructureError(f"shard: {', '.join(mixed)}: other tasks write it all the time; is the same job running twice?")
+
+
 def _fill(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
     filled, tally = _Filled(), progress.Tally()
     shared = (Filling.of(source, shard, plan.header.classes, workers), place, directory)
 
-    for result in run_recorded("shard", "images", "fill", fill_shard, plan.jobs, shared, place, workers, tally.told):
+    for result in run_recorded("shard", "images", STAGE, fill_shard, plan.jobs, shared, place, workers, tally.told):
         before = filled.bytes
         filled.add(result)
         kept = result["read"] - sum(result["dropped"].values())
@@ -163,6 +197,8 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
     """The manifest and all shards of a version, those of the versions before it among them."""
     header = plan.header
     dropped = Counter(header.dropped) + new.dropped
+    before = Counter(found.dropped) if found else Counter[str]()
+    denied = before.pop(DENIED, 0)  # looked at again, so they are among those of this version, unless they are denied no more
     splits = dict.fromkeys(sorted(shard.splits), 0) | (found.splits if found else {})
     for record in new.records:
         splits[record.split] += record.samples
@@ -173,7 +209,7 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
         if count == 0:
             raise DataError(f"shard.splits.{split}: all of its images were dropped (of the whole source: {reasons})")
     shards = ([*ShardTable(directory, version=found.version)] if found else []) + new.records
-    named = heapq.nsmallest(NAMED, [*header.named, *new.named, *(found.dropped_samples if found else [])], key=lambda d: d["file"])
+    named = heapq.nsmallest(NAMED, [*header.named, *new.named, *_still_dropped(found)], key=lambda d: d["file"])
     smallest = new.smallest if found is None else (min(new.smallest[0], found.smallest[0]), min(new.smallest[1], found.smallest[1]))
     most = max(new.largest_label + 1, len(found.classes) if found else 0)
     manifest = Manifest(
@@ -184,17 +220,21 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
         classes=[printable(c) for c in header.classes] or [str(n) for n in range(most)],
         splits=splits,
         bytes=sum(s.bytes for s in shards),
-        read=header.read + (found.read if found else 0),
+        read=header.read + (found.read - denied if found else 0),
         written=sum(splits.values()),
         decoded=shard.images.check == "decode",
         ignored=header.ignored,
-        dropped=dict(sorted((dropped + Counter(found.dropped if found else {})).items())),
+        dropped=dict(sorted((dropped + before).items())),
         dropped_samples=named,
         smallest=smallest,
         version=header.version,
     )
     assert manifest.read == manifest.written + sum(manifest.dropped.values()), "every image is written or dropped"
     return manifest, shards
+
+
+def _still_dropped(found: Manifest | None) -> list[dict[str, str]]:
+    return [named for named in found.dropped_samples if named["reason"] != DENIED] if found else []
 
 
 def _metrics(manifest: Manifest, filled: _Filled, seconds: float) -> dict[str, float]:

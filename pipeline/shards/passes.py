@@ -19,9 +19,11 @@ def over_shards(
     told: Callable[[], str],
     workers: int | None = None,
     gpus: float = 0,
+    kept: bool = False,
 ) -> Iterator[T]:
     """What `body(record, *shared)` gives for each shard of the dataset at `directory`, in no particular order. Needs a Ray that is
-    initialised; a task has `gpus` of a GPU, and `told` is asked what to show beside the progress.
+    initialised; a task has `gpus` of a GPU, and `told` is asked what to show beside the progress. `kept`: `body` knows the shards that
+    it has done when it is asked again, so that the same command repeats those alone that failed.
 
     A shard that fails is tried again elsewhere; if it keeps failing, the others are finished first.
 
@@ -32,4 +34,4 @@ def over_shards(
 
     table = ShardTable(directory)
     jobs, total = ((record.samples, (record,)) for record in table), int(table.samples.sum())
-    return run_tasks(label, "samples", body, jobs, shared, workers, told, total=total, persist=True, gpus=gpus)
+    return run_tasks(label, "samples", body, jobs, shared, workers, told, total=total, persist=True, kept=kept, gpus=gpus)

@@ -5,7 +5,7 @@
                      rows/         the rows of each shard: a file a range, a row group a shard
                      plan.parquet  one row a shard; last
                      fill/         a record of each shard that is written
-                     known/        keys of all its rows; stays, for the next version to leave them out
+                     known/        keys of all its rows but denied ones; stays, for the next version to leave them out
 """
 
 from __future__ import annotations

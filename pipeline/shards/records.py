@@ -62,4 +62,4 @@ def run_recorded(
     from pipeline.shards.tasks import run_tasks  # Ray comes with it, of which a plan has no need
 
     waiting = (job for job in jobs() if job[1][0] not in names)
-    yield from run_tasks(label, unit, recorded, waiting, shared, workers, told, total=total, done=done, persist=True)
+    yield from run_tasks(label, unit, recorded, waiting, shared, workers, told, total=total, done=done, persist=True, kept=True)

@@ -5,13 +5,10 @@ A score is a number a sample. Here it is what a function of the user's own gives
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from pipeline.config import fingerprint
 from pipeline.config.data import Bound
 from pipeline.config.shard import Score
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.functions import load_function
+from pipeline.core.functions import load_function, source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.columns import Columns, find_columns
 from pipeline.shards.deny import DenyList, find_about, holds, list_name, name_for
@@ -93,8 +90,7 @@ def function_columns(score: Score, where: str) -> Columns:
     """
     assert score.function is not None, "called for a score by function"
     check_function(score, where)
-    path = getattr(sys.modules[score.function.rpartition(".")[0]], "__file__", None)
-    source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).exists() else ""
+    source = source_hash(f"{where}.function", score.function) or ""
     made = FunctionScore(f"{where}.function", score.function)
     named = fingerprint({"function": score.function, "source": source})
     return Columns({score.column: pa.float64()}, named, made, MEMBERS, score.batch, score.gpus)
@@ -136,7 +132,7 @@ def deny_by_score(directory: Storage, column: str, keep: Bound | None, workers: 
     about = {"dataset": manifest.hash, "maker": added["fingerprint"], "keep": keep.model_dump()}
     found = find_about(directory, name)
     if found is not None and about.items() <= found.items():
-        return found["rows"]
+        return found["keys"]
     with DenyList(directory, name, _REASONS) as out:
         shared = (directory, column, keep)
         for rows in over_shards("deny", directory, _outside, shared, lambda: f"{out.rows:,} denied", workers):

@@ -29,6 +29,7 @@ from pipeline.shards.manifest import NAMED
 from pipeline.shards.ranges import Ranges
 from pipeline.shards.sources.base import Ignored, Item, Lost, Part, Source, printable
 from pipeline.shards.spill import read_group, write_spill
+from pipeline.shards.withdrawn import is_denied, keep_withdrawn
 
 PARTS_BIT = 40  # a row's place in the source: its part's number above, its number in the part below
 _CHUNK_BYTES = 1 << 26  # of rows as JSON, that a task gathers before it writes them
@@ -149,14 +150,17 @@ def settle_rows(
     table = read_group(place, spills, group, ROWS)
     known = earlier.keys(group, rule.groups)
     if len(known):
-        table = table.filter(pc.invert(pc.is_in(table["key"], value_set=known)))
+        is_known = pc.is_in(table["key"], value_set=known)
+        keep_withdrawn(place, group, table.filter(pc.and_(is_known, is_denied(table["lost"])))["key"])
+        table = table.filter(pc.invert(is_known))
     table = table.sort_by([("hash", "ascending"), ("key", "ascending"), ("position", "ascending")]).combine_chunks()
     keys = table["key"].combine_chunks() if isinstance(table["key"], pa.ChunkedArray) else table["key"]
     is_again = np.zeros(len(table), dtype=bool)
     if len(table) > 1:
         is_again[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
     again, table = table.filter(pa.array(is_again)), table.filter(pa.array(~is_again))
-    _write_parquet(place, known_name(group), KNOWN, [pa.table([table["key"]], schema=KNOWN)])
+    # What is denied is looked at again by the next version.
+    _write_parquet(place, known_name(group), KNOWN, [table.filter(pc.invert(is_denied(table["lost"]))).select(KNOWN.names)])
     named = [_named(text, "duplicate-key", "another row has the same key, and comes first") for text in _first(again)]
     dropped = Counter({"duplicate-key": len(again)} if len(again) else {})
     is_lost = pc.is_valid(table["lost"])

@@ -83,8 +83,8 @@ def take_down(directory: Storage, lists: Sequence[str], workers: int | None = No
                 out.add(rows)
                 matched[entries] = True
             about = made_of | {"entries": listed.count, "unmatched": listed.count - int(matched.sum())}
-            about["rows"] = out.publish(about)
-    done = Takedown(about["rows"], about["entries"], about["unmatched"])
+            about["keys"] = out.publish(about)
+    done = Takedown(about["keys"], about["entries"], about["unmatched"])
     say(f"takedown     {done.samples:,} samples denied; of {done.entries:,} entries {done.unmatched:,} are of no sample")
     return done
 

@@ -45,13 +45,15 @@ def run_tasks(
     total: int | None = None,
     done: int = 0,
     persist: bool = False,
+    kept: bool = False,
     gpus: float = 0,
 ) -> Generator[T, None, None]:
     """What `body` returns for each job, in no particular order: Ray tasks, at most `workers` at a time, the others wait here.
 
     A job is the `unit`s it counts for and its arguments, before those that are `shared`; the first of them names it. `told` is asked what
     to show beside the progress, of which `done` of `total` units were done before. With `persist`, a job that fails is tried again after
-    others, and if it keeps failing, the others are finished first. A task has one CPU, and `gpus` of a GPU.
+    others, and if it keeps failing, the others are finished first. `kept` says that whoever calls this knows a finished job when it is
+    asked for again. A task has one CPU, and `gpus` of a GPU.
 
     Raises:
         InfrastructureError: a machine failed more often than tasks are retried.
@@ -99,7 +101,7 @@ def run_tasks(
                 shown.update(piece.units, told())
             shown.update(0)
         if failed:
-            raise _summed(label, failed)
+            raise _summed(label, failed, kept)
         # Tasks that still run end with the driver. Cancelled as it finishes, a task makes Ray (2.60) abort the driver.
 
 
@@ -115,16 +117,15 @@ def _plain(label: str, error: RayError) -> BaseException:
     return InfrastructureError(f"{label}: a task was lost and its retries too ({error})")
 
 
-def _summed(label: str, failed: dict[str, BaseException]) -> BaseException:
+def _summed(label: str, failed: dict[str, BaseException], kept: bool) -> BaseException:
     """One error for all jobs that failed."""
     if len(failed) == 1 and not isinstance(error := next(iter(failed.values())), TesseraError):
         return error  # with its traceback
     kinds = {type(e) for e in failed.values()}
     kind = kinds.pop() if len(kinds) == 1 and kinds <= {DataError, StorageError} else InfrastructureError
     told = "; ".join(f"{name}: {_sentence(failed[name])}" for name in sorted(failed)[:_NAMED]) + ("; .." if len(failed) > _NAMED else "")
-    rest = (
-        "the others were given up" if len(failed) >= _MOST_FAILURES else "the others are finished, and the same command repeats these alone"
-    )
+    finished = "the others are finished, and the same command repeats these alone" if kept else "the same command begins anew"
+    rest = "the others were given up" if len(failed) >= _MOST_FAILURES else finished
     return kind(f"{label}: {len(failed)} {'piece' if len(failed) == 1 else 'pieces'} of the work failed ({rest}): {told}")
 
 

@@ -67,7 +67,7 @@ def verify(directory: Storage, split: str | None = None, workers: int = 8) -> It
         running: deque[Future[list[Problem]]] = deque()
         try:
             for record in shards:
-                running.append(pool.submit(_check_shard, directory, record, labels, passed))
+                running.append(pool.submit(check_shard, directory, record, labels, passed))
                 if len(running) >= 2 * workers:
                     yield from running.popleft().result()
             while running:
@@ -77,7 +77,10 @@ def verify(directory: Storage, split: str | None = None, workers: int = 8) -> It
                 future.cancel()
 
 
-def _check_shard(directory: Storage, record: ShardRecord, labels: int | None, passed: Callable[[int], None]) -> list[Problem]:
+def check_shard(
+    directory: Storage, record: ShardRecord, labels: int | None = None, passed: Callable[[int], None] = lambda count: None
+) -> list[Problem]:
+    """What is wrong with one shard. `labels`: how many classes there are, None for any number; `passed` is told of the bytes it reads."""
     try:
         index: pa.Table | str = _read_index(directory, record)
     except DataError as e:

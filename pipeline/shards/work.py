@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from pipeline.core.storage import Storage
+from pipeline.shards.deny import DIRECTORY
 from pipeline.shards.plan import Header
 from pipeline.shards.table import ShardTable
 
@@ -49,9 +50,21 @@ def clear(directory: Storage, place: Storage, is_first: bool) -> None:
     place.write("cleared", b"")
 
 
+def forget(directory: Storage) -> None:
+    """Remove what a dataset has beside its tars and their indices: its manifests, tables and audits, what a next version would begin with,
+    and the deny-lists that were worked out of its indices. A takedown stays, and any other list: what was denied might come back."""
+    directory.remove("manifest.json")  # first, so that nobody reads an old table beside new indices
+    for name in directory.names():
+        if name == WORK or (_is_ours(name) and name != DIRECTORY and not name.endswith((".tar", ".index.parquet"))):
+            directory.remove(name)
+    for name in (directory / DIRECTORY).names():
+        if name.startswith(("duplicates", "contamination", "score-")):
+            (directory / DIRECTORY).remove(name)
+
+
 def _is_ours(name: str) -> bool:
     is_version = name.startswith(("manifest-v", "shards-v")) and name.endswith((".json", ".parquet"))
-    is_named = name in ("shards.parquet", "columns.json", "deny")
+    is_named = name in ("shards.parquet", "columns.json", DIRECTORY)
     is_audit = name.startswith(("duplicates", "contamination", "statistics")) and name.endswith(".json")
     return is_version or is_named or is_audit or name.endswith((".tar", ".index.parquet")) or name.startswith(".tmp-")
 

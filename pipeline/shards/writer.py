@@ -62,7 +62,8 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
             other = "" if directory.is_local else " (TMPDIR names another place)"
             raise StorageError(f"{where}: cannot write, the disk is full: {name} does not fit{other}") from e
         if not keys:
-            directory.remove(name)  # of an attempt that was killed, to which hosts had answered otherwise
+            for left in (name, ShardRecord(name, split, 0, 0, "").index_name):
+                directory.remove(left)  # of an attempt that was killed, to which hosts had answered otherwise
             return None
         assert [row["key"] for row in rows] == keys, "samples come back in the order in which they were written"
         assert tar.stat().st_size == size, f"{name}: {tar.stat().st_size} bytes came of {size}"

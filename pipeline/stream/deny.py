@@ -1,7 +1,6 @@
 """Lists of keys to leave out: a text file, a line a key, or Parquet with a column `key`, as large as the dataset.
 
-Keys are held as numbers: 10 bytes each where they have 20 hexadecimal digits, as ours do, 16 where they are short; 10 million take 100 MB,
-and three times that while they are read and sorted. A list's bytes go by way of a file, never through memory as a whole.
+Keys are held as numbers (`shards/keys.py`). A list's bytes go by way of a file, never through memory as a whole.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,14 +21,12 @@ from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 from pipeline.core.stores import S3
 from pipeline.shards.deny import own_lists
-from pipeline.shards.digests import DigestTable, halves, parse_digests, short_keys
+from pipeline.shards.keys import Keys as Keys
+from pipeline.shards.keys import parquet_keys
 from pipeline.stream.cache import Cache
 
 T = TypeVar("T")
-_Halves = tuple[np.ndarray, np.ndarray]
 
-_DIGITS = 20  # of our own keys
-_BATCH = 1 << 18  # keys
 _LINES = 1 << 24  # bytes of a text, about
 
 
@@ -97,8 +93,7 @@ class DenyList:
             parquet = pq.ParquetFile(path)
             if "key" not in parquet.schema_arrow.names:
                 raise DataError(f"{self.where}{self.url} has no column 'key' (there: {', '.join(parquet.schema_arrow.names)})")
-            for batch in parquet.iter_batches(_BATCH, columns=["key"], use_threads=False):
-                yield batch["key"].cast(pa.string()).drop_null()
+            yield from parquet_keys(parquet)
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{self.where}{self.url}: cannot be read ({e})") from e
 
@@ -108,50 +103,6 @@ class DenyList:
                 yield pa.array([key for line in lines for text in line.decode().splitlines() if (key := text.strip())], pa.string())
         except UnicodeDecodeError as e:
             raise DataError(f"{self.where}{self.url} is neither Parquet nor UTF-8 text ({e})") from e
-
-
-class Keys:
-    """A set of keys that can be asked for many at a time."""
-
-    def __init__(self, keys: Iterable[pa.Array]) -> None:
-        digests, short, others = list[_Halves](), list[_Halves](), set[str]()
-        for batch in keys:
-            digest, is_short, rest = _sorted_out(batch)
-            digests.append(digest[1])
-            short.append(is_short[1])
-            others.update(batch.filter(pa.array(rest)).to_pylist())
-        self._digests, self._short, self._others = _table(digests), _table(short), frozenset(others)
-
-    def __len__(self) -> int:
-        return len(self._digests) + len(self._short) + len(self._others)
-
-    def holds(self, column: pa.ChunkedArray) -> np.ndarray:
-        """Which of a column's keys are among these, bool (n,)."""
-        keys = column.combine_chunks().cast(pa.string())
-        found = np.zeros(len(keys), dtype=bool)
-        digest, short, rest = _sorted_out(keys)
-        for (fits, halved), table in ((digest, self._digests), (short, self._short)):
-            if len(table):
-                found[fits] = table.find(*halved) >= 0
-        if self._others and rest.any():
-            found[rest] = [key in self._others for key in keys.filter(pa.array(rest)).to_pylist()]
-        return found
-
-
-def _sorted_out(keys: pa.Array) -> tuple[tuple[np.ndarray, _Halves], tuple[np.ndarray, _Halves], np.ndarray]:
-    """Of keys, a string each: (which are digests, and these), (which are short, and these), which are neither."""
-    is_digest, digests = parse_digests(keys, _DIGITS)
-    is_short, short = short_keys(keys)
-    return (is_digest, halves(digests)), (is_short, halves(short)), ~(is_digest | is_short)
-
-
-def _table(parts: list[_Halves]) -> DigestTable:
-    if not parts:
-        return DigestTable(np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint64))
-    high = np.concatenate([part[0] for part in parts])
-    low = np.concatenate([part[1] for part in parts])
-    parts.clear()  # what is sorted need not be there twice
-    return DigestTable(high, low)
 
 
 def lists_of(directory: Storage, named: Iterable[str], own: int | None) -> list[DenyList]:

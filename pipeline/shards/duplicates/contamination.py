@@ -55,13 +55,15 @@ class _Set:
 
 def find_contamination(
     directory: Storage, configs: Sequence[Contamination], workers: int | None = None, images: int = _RANGE
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Publish which images of the dataset at `directory` are also in the evaluation sets that `configs` name, all in one list in the place
-    of the one before, and return the audit, which is kept as `contamination.json`: for each set
+    of the one before, and return the audit, which is kept as `contamination.json`:
 
-        url, split (null: all), near, dataset (its manifest's hash)
-        images: {split of theirs: {images, exact, near}}     how many there are; how many of these are among ours as equal files; or near
-        denied: {split of ours: {exact, near}}               how many of ours go because of it
+        dataset                                                    hash of our manifest
+        denied: {split of ours: {exact, near}}                     how many of ours go; one that several sets have is counted once
+        sets: [{url, split (null: all), near, dataset (its manifest's hash),
+                images: {split of theirs: {images, exact, near}},  how many there are; of these among ours as equal files; or near
+                denied: {split of ours: {exact, near}}}]           how many of ours go because of it
 
     Needs a Ray that is initialised; an audit of the same sets and dataset stands. Sets without perceptual hashes have them worked out of
     their images, each time: nothing is written there. `images` of ours are a task's.
@@ -79,17 +81,20 @@ def find_contamination(
     ]
     asked = {"dataset": manifest.hash, "sets": wanted}
     known, about = find_json(directory, file), find_about(directory, name) or {}
-    if known and asked.items() <= about.items() and known["dataset"] == manifest.hash and _asked(known["sets"]) == wanted:
+    is_whole = "denied" in known and known["dataset"] == manifest.hash  # older audits have counts of sets alone
+    if is_whole and asked.items() <= about.items() and _asked(known["sets"]) == wanted:
         say(f"{NAME:<12} found already, in {directory.url}/{file}")
-        return known["sets"]
+        return known
     directory.remove(file)  # what it says is no longer so
     parts, audits = shard_parts(directory), list[dict[str, Any]]()
+    denied = {p.split: {"exact": 0, "near": 0} for p in sorted(parts, key=lambda p: p.split)}
     with DenyList(directory, name, _REASONS) as out:
         for config, about in zip(configs, wanted, strict=True):
             audits.append(about | _compare(directory, parts, config, out, workers, images))
-        out.publish(asked)
-    directory.write(file, (json.dumps({"dataset": manifest.hash, "sets": audits}, indent=2, ensure_ascii=False) + "\n").encode())
-    return audits
+        out.publish(asked, lambda rows: _count_ours(denied, rows.group_by("key").aggregate([("split", "min"), ("exact", "max")])))
+    audit = {"dataset": manifest.hash, "denied": denied, "sets": audits}
+    directory.write(file, (json.dumps(audit, indent=2, ensure_ascii=False) + "\n").encode())
+    return audit
 
 
 def _asked(audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,10 +134,16 @@ def _compare(
     [named] = tasks.exchange("keys", "images", _name, jobs, (directory, config.url), 1, workers)
     for piece in named:
         rows: pa.Table = tasks.take("keys", piece)
-        for row in rows.group_by(["split", "exact"]).aggregate([("key", "count")]).to_pylist():
-            audit["denied"][row["split"]]["exact" if row["exact"] else "near"] += row["key_count"]
+        _count_ours(audit["denied"], rows.select(["key", "split", "exact"]))
         out.add(rows)
     return audit
+
+
+def _count_ours(counts: dict[str, dict[str, int]], rows: pa.Table) -> None:
+    """Of (key, split, exact), a row an image."""
+    rows = rows.rename_columns(["key", "split", "exact"])
+    for row in rows.group_by(["split", "exact"]).aggregate([("key", "count")]).to_pylist():
+        counts[row["split"]]["exact" if row["exact"] else "near"] += row["key_count"]
 
 
 def _count_theirs(counts: dict[str, dict[str, int]], table: Range, hits: np.ndarray) -> None:

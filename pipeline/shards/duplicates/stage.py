@@ -33,12 +33,11 @@ def treat_copies(directory: Storage, shard: Shard) -> dict[str, float]:
     """
     metrics: dict[str, float] = {}
     if shard.duplicates:
-        metrics |= _metrics("duplicates", [find_duplicates(directory, shard.duplicates, shard.workers)])
+        metrics |= _metrics("duplicates", find_duplicates(directory, shard.duplicates, shard.workers))
     if shard.contamination:
         metrics |= _metrics("contamination", find_contamination(directory, shard.contamination, shard.workers))
     return metrics
 
 
-def _metrics(name: str, audits: list[dict[str, Any]]) -> dict[str, float]:
-    denied = [counts for audit in audits for counts in audit["denied"].values()]
-    return {f"shard/{name}/{kind}": sum(counts[kind] for counts in denied) for kind in ("exact", "near")}
+def _metrics(name: str, audit: dict[str, Any]) -> dict[str, float]:
+    return {f"shard/{name}/{kind}": sum(counts[kind] for counts in audit["denied"].values()) for kind in ("exact", "near")}

@@ -2,11 +2,18 @@
 
 Planning reads each tar once, from front to back, or its index where one lies beside it; then each sample is read by its place, in one
 request, so that samples of all tars are mixed as files of a folder are. (`adopt` takes tars as they are.)
+
+Where tars are those of a dataset that has deny-lists (`deny/*.parquet` beside them), what readers of it leave out is left out here too, as
+`denied`: the same lists, matched by the same keys. They are no part of what a sample is: one that is on no list any more is taken by the
+next version, one that has got on a list since is withdrawn from what was written (`withdrawn.py`). Of an http(s) URL, whose folders
+cannot be listed, they are not looked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +25,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config.shard import Fetch
 from pipeline.core.errors import DataError, StorageError
-from pipeline.shards.dropped import Dropped
+from pipeline.core.storage import Storage
+from pipeline.shards.deny import find_about, own_lists
+from pipeline.shards.dropped import DENIED, Dropped
+from pipeline.shards.keys import Keys, read_keys
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable, stamp_of
 from pipeline.shards.sources.files import explained, find_files
 from pipeline.shards.tars import Tape, read_blocks
@@ -26,11 +36,16 @@ from pipeline.shards.tars import Tape, read_blocks
 _READERS = 8  # samples read at once
 _AHEAD = 16
 _SUFFIXES = ("tar", "tgz")
+_at_hand: dict[str, tuple[str, dict[str, Keys]]] = {}  # the deny-lists of one folder, by its URL, with what tells them from others
 _GUESS = 100_000  # bytes of a sample that is longer than the part of a tar which is looked at
 
 
 class TarSource(Source):
     """Samples of tars: an image and perhaps txt, cls and json members. A part is a tar."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._denying: dict[str, tuple[list[str], str]] = {}  # by folder, as `_deny_lists` has found them
 
     def check(self) -> None:
         self.parts()
@@ -50,7 +65,13 @@ class TarSource(Source):
         parts = self.parts()
         total, index = sum(p.bytes for p in parts), self._index(parts[0])
         rows = max(1, round(total / (self._mean_bytes(parts[0]) if index is None else parts[0].bytes / max(1, len(index)))))
-        return Survey(rows, len(parts), total / rows, 0, False, stamp_of(parts))
+        self._denying.clear()
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            denied = [told for paths, told in pool.map(self._deny_lists, sorted({_folder(part) for part in parts})) if paths]
+        stamp = stamp_of(parts)
+        if denied:
+            stamp = hashlib.sha256(json.dumps([stamp, denied]).encode()).hexdigest()
+        return Survey(rows, len(parts), total / rows, 0, False, stamp)
 
     def _mean_bytes(self, part: Part) -> float:
         """Of a sample, by those in the first block of a tar."""
@@ -66,7 +87,7 @@ class TarSource(Source):
 
         found = self._index(part)
         if found is not None:
-            yield from (_item(part.name, row) for row in found)
+            yield from self._allowed(part, found)
             return
         index = TarIndex()
         try:
@@ -75,10 +96,38 @@ class TarSource(Source):
             raise DataError(f"shard.source.url: {part.name} vanished after it was listed") from None
         if end.kind in ("compressed", "not-a-tar"):
             raise DataError(f"shard.source.url: {part.name}: {end}")
-        yield from (_item(part.name, row) for row in index.rows)
+        yield from self._allowed(part, index.rows)
         for key, dropped in index.dropped:
             yield Lost(f"{part.name}/{key}" if key else part.name, dropped.reason, dropped.detail)
         yield Ignored(index.ignored)
+
+    def _allowed(self, part: Part, rows: list[dict[str, Any]]) -> Iterator[Item | Lost]:
+        """Of a tar's rows, those that no deny-list names, and which list names the others."""
+        keys = pa.chunked_array([pa.array([row["key"] for row in rows], pa.string())])
+        named = [(name, listed.holds(keys)) for name, listed in self._denied_keys(_folder(part)).items()]
+        for number, row in enumerate(rows):
+            by = next((name for name, holds in named if holds[number]), None)
+            yield _item(part.name, row) if by is None else Lost(f"{part.name}/{row['key']}", DENIED, f"it is on the deny-list {by}")
+
+    def _deny_lists(self, folder: str) -> tuple[list[str], str]:
+        """The paths of those beside the tars of a folder, and what tells them from others: looked up once, by `survey` for all tasks."""
+        if folder not in self._denying:
+            directory = self._directory(folder)
+            paths = [] if self.storage.protocol in ("http", "https") else own_lists(directory, None)
+            self._denying[folder] = paths, json.dumps([[path, _made_of(directory, path)] for path in paths], sort_keys=True)
+        return self._denying[folder]
+
+    def _denied_keys(self, folder: str) -> dict[str, Keys]:
+        """By list; read once a process."""
+        paths, told = self._deny_lists(folder)
+        directory = self._directory(folder)
+        if _at_hand.get(directory.url, ("", {}))[0] != told:
+            _at_hand.clear()
+            _at_hand[directory.url] = told, {path: read_keys(directory, path, "shard.source.url") for path in paths}
+        return _at_hand[directory.url][1]
+
+    def _directory(self, folder: str) -> Storage:
+        return self.storage / folder if folder else self.storage
 
     def _index(self, part: Part) -> list[dict[str, Any]] | None:
         name = part.name.removesuffix(".tar") + ".index.parquet"
@@ -91,6 +140,7 @@ class TarSource(Source):
         return table.to_pylist()
 
     def fetch(self, items: Sequence[Item], settings: Fetch, max_bytes: int, share: int) -> Iterator[tuple[int, Files | Dropped]]:
+        _at_hand.clear()  # all rows are listed
         with ThreadPoolExecutor(_READERS) as pool:
             for start in range(0, len(items), _AHEAD):
                 yield from enumerate(pool.map(self._read, items[start : start + _AHEAD]), start)
@@ -114,6 +164,16 @@ class TarSource(Source):
         )
         side = {"txt": text, "json": meta, "cls": str(label).encode() if int(label) >= 0 else None}
         return Files(image or b"", {suffix: value for suffix, value in side.items() if value is not None})
+
+
+def _folder(part: Part) -> str:
+    return part.name.rpartition("/")[0]
+
+
+def _made_of(directory: Storage, path: str) -> Any:
+    """Of a deny-list of ours what it was made of, which decides it; of another its bytes."""
+    about = find_about(directory, path.rpartition("/")[2].removesuffix(".parquet"))
+    return about if about is not None else hashlib.sha256(directory.read(path)).hexdigest()
 
 
 def _item(tar: str, row: dict[str, Any]) -> Item:

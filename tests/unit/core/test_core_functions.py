@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.functions import load_function
+from pipeline.core.functions import load_function, source_hash
 
 
 @pytest.fixture
@@ -47,3 +49,29 @@ def test_what_is_no_function_is_one_sentence(own: Path, name: str, told: str) ->
     (own / "own_fine.py").write_text("number = 3\ndef keep(sample): ...\n")
     with pytest.raises(ConfigError, match=told):
         load_function("shard.filter", name)
+
+
+def test_the_source_of_a_function(own: Path) -> None:
+    """The file of its module, read anew each time; and of the module that it was taken from."""
+    text = "from functools import wraps\nfrom own_parts.inner import kept\ndef keep(sample): ...\n@wraps(kept)\ndef wrapped(s): return kept(s)\n"
+    (own / "own_parts").mkdir()
+    (own / "own_parts" / "inner.py").write_text("def kept(sample): ...\nclass Kept:\n    def __call__(self, s): ...\none = Kept()\n")
+    (own / "own_parts" / "__init__.py").write_text(text)
+    names = [f"own_parts.{name}" for name in ("keep", "kept", "wrapped")] + ["own_parts.inner.one"]
+    first = [source_hash("shard.filter", name) for name in names]
+    assert first[0] == hashlib.sha256(text.encode()).hexdigest() != first[1] == first[2] and None not in first
+    assert first == [source_hash("shard.filter", name) for name in names]
+    (own / "own_parts" / "inner.py").write_text("def kept(sample): return True\n")
+    second = [source_hash("shard.filter", name) for name in names]
+    assert second[0] == first[0] and all(a != b for a, b in zip(first[1:], second[1:], strict=True))
+
+    with zipfile.ZipFile(own / "own.zip", "w") as archive:
+        archive.writestr("own_zipped.py", "def keep(sample): ...\n")
+    sys.path.insert(0, str(own / "own.zip"))
+    try:
+        assert source_hash("shard.filter", "own_zipped.keep") == hashlib.sha256(b"def keep(sample): ...\n").hexdigest()
+    finally:
+        sys.path.remove(str(own / "own.zip"))
+    assert source_hash("shard.filter", "builtins.bool") is None
+    with pytest.raises(ConfigError, match="the module own_parts has no 'kip'"):
+        source_hash("shard.filter", "own_parts.kip")

@@ -29,6 +29,7 @@ from pipeline.evaluate import scoring
 from pipeline.evaluate.__main__ import main
 from pipeline.evaluate.scoring import Similarity, check_scores, score_columns, score_dataset
 from pipeline.models import create, formats
+from pipeline.models.clip import CLIP
 from pipeline.shards.columns import find_columns
 from pipeline.shards.manifest import Manifest, ShardTable
 from pipeline.shards.rows import Row, read_index, read_rows
@@ -116,6 +117,24 @@ def similarity(run: str) -> Similarity:
     made = score_columns(Score(column="c", model=f"{run}@4"), None, "score.0").make
     assert isinstance(made, Similarity)
     return made
+
+
+def test_a_gpu_is_not_allowed_to_round(data: Storage, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default cuDNN's convolutions would be in TF32; and somebody may have allowed it for products."""
+    products, convolutions, seen = torch.backends.cuda.matmul, torch.backends.cudnn, list[tuple[bool, bool]]()
+    real, score = CLIP.encode_image, similarity(run)
+
+    def noted(self: CLIP, images: torch.Tensor) -> torch.Tensor:
+        seen.append((products.allow_tf32, convolutions.allow_tf32))
+        return real(self, images)
+
+    monkeypatch.setattr(CLIP, "encode_image", noted)
+    products.allow_tf32 = True
+    try:
+        score(all_rows(data)[:3])
+        assert seen == [(False, False)] and (products.allow_tf32, convolutions.allow_tf32) == (True, True)
+    finally:
+        products.allow_tf32 = False
 
 
 def all_rows(data: Storage) -> list[Row]:

@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
@@ -24,6 +25,7 @@ from pipeline.core.storage import Storage
 from pipeline.core.units import format_bytes
 from pipeline.shards.__main__ import main
 from pipeline.shards.adopt import AdoptedTar, Options, adopt, adopt_tar
+from pipeline.shards.deny import DenyList
 from pipeline.shards.index import TarIndex
 from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardTable, find_manifest, read_manifest
 from pipeline.shards.tars import End, Tape, Walk
@@ -346,9 +348,20 @@ def test_shards_of_our_own_get_the_index_they_had(tmp_path: Path, make_dataset: 
 
     with pytest.raises(DataError, match=r"a dataset of 62 samples is here already; --force indexes its tars anew$"):
         adopt(directory, Options())
+    gone = open_dataset(str(tmp_path), "test")[0].key
+    stale = ["manifest-v1.json", "shards-v1.parquet", "columns.json", "statistics-v2.json", "duplicates.json", "contamination-v2.json"]
+    stale += ["deny/duplicates-v2.parquet", "deny/contamination.parquet", "deny/score-clip.parquet", ".plan/v1/state.json"]
+    for name in stale:  # of versions of the dataset that is replaced
+        directory.write(name, b"{}")
+    with DenyList(directory, "takedown", {}) as out:
+        out.add(pa.table({"key": [gone]}))
+        out.publish({})
+    (tmp_path / "notes.txt").write_text("not ours")
     forced, _ = adopt(directory, Options(classes=("zero", "one", "two")), force=True)
     assert forced.splits == {"train": 62} and forced.classes == ["zero", "one", "two"] and forced.config != adopted.config
-    assert read_manifest(directory) == forced and len(open_dataset(str(tmp_path))) == 62
+    assert read_manifest(directory) == forced and len(open_dataset(str(tmp_path))) == 61  # who was taken down stays away
+    beside = {name for name in directory.names() if not name.endswith((".tar", ".index.parquet"))}
+    assert beside == {"manifest.json", "shards.parquet", "deny", "notes.txt"} and directory.names("deny") == ["takedown.parquet"]
 
 
 @pytest.mark.usefixtures("cluster")

@@ -20,8 +20,10 @@ from pipeline.config import Config, parse_config
 from pipeline.core.errors import DataError, InfrastructureError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job, plan, tasks
+from pipeline.shards.deny import DenyList, find_about
 from pipeline.shards.fill import fill_shard
 from pipeline.shards.job import make_dataset
+from pipeline.shards.layout import sample_key
 from pipeline.shards.manifest import Manifest, find_manifest, read_manifest
 from pipeline.shards.table import ShardTable
 from pipeline.stream.reader import open_dataset
@@ -175,6 +177,57 @@ def test_tars_written_anew(tmp_path: Path, make_dataset: Callable[..., Manifest]
         originals[s["txt"]]["cls"] == s["cls"] and json.loads(s["json"])["n"] == json.loads(originals[s["txt"]]["json"])["n"]
         for s in samples(directory)
     )
+
+
+def deny(directory: Storage, name: str, numbers: list[int]) -> None:
+    """Samples of a dataset that `make_dataset` of the tests has made."""
+    with DenyList(directory, name, {}) as out:
+        out.add(pa.table({"key": [sample_key(f"train/{n}") for n in numbers]}))
+        out.publish({"numbers": numbers})
+
+
+def captions(url: str) -> list[str]:
+    """Of what readers see."""
+    dataset = open_dataset(url)
+    return sorted(str(dataset[n].text) for n in range(len(dataset)))
+
+
+def test_what_a_dataset_denies_stays_out_of_what_is_made_of_it(
+    tmp_path: Path, make_dataset: Callable[..., Manifest], small_ranges: None
+) -> None:
+    old, new = Storage(str(tmp_path / "in" / "part")), Storage(str(tmp_path / "out"))
+    make_dataset(old, {"train": 60}, per_shard=25)
+    (tmp_path / "in" / "part" / "train-00001.index.parquet").unlink()  # so this tar itself is looked at
+    section = config({"format": "tars", "url": str(tmp_path / "in")}, splits={"train": 1.0})
+    deny(old, "takedown", [1, 30, 31])
+    deny(old, "score-clip", [30, 40, 59])
+    first, _ = job.make_dataset(section, new)
+    assert (first.read, first.written, first.dropped) == (60, 55, {"denied": 5})
+    assert [d["detail"] for d in first.dropped_samples].count("it is on the deny-list deny/takedown.parquet") == 2
+    assert all(d["file"].startswith("part/train-0000") for d in first.dropped_samples)
+    expected = sorted(f"train {n}" for n in range(60) if n not in (1, 30, 31, 40, 59))
+    assert captions(new.url) == expected and not new.exists("deny")
+    assert job.make_dataset(section, new) == (first, {})
+
+    deny(old, "takedown", [1, 30, 5, 6])  # two more, and one that may be seen again
+    second, _ = job.make_dataset(section, new)
+    assert (second.version, second.read, second.written, second.dropped) == (2, 60, 56, {"denied": 4})
+    assert len(second.dropped_samples) == 4
+    assert captions(new.url) == sorted({*expected, "train 31"} - {"train 5", "train 6"}) and find_about(new, "source") == {"keys": 2}
+    assert captions(f"{new.url}@1") == sorted({*expected} - {"train 5", "train 6"})  # in all versions
+    assert job.make_dataset(section, new) == (second, {})
+
+    deny(old, "takedown", [1, 30, 5])
+    assert job.make_dataset(section, new) == (second, {}) and "train 6" in captions(new.url) and "train 5" not in captions(new.url)
+    old.remove("deny")
+    third, _ = job.make_dataset(section, new)
+    assert (third.version, third.read, third.written, third.dropped) == (3, 60, 60, {}) and not new.names("deny")
+    assert captions(new.url) == sorted(f"train {n}" for n in range(60))
+
+    pq.write_table(pa.table({"keys": ["a"]}), tmp_path / "list")
+    old.put(tmp_path / "list", "deny/mine.parquet")
+    with pytest.raises(DataError, match=r"shard.source.url: .*/part/deny/mine.parquet has no column 'key' \(there: keys\)"):
+        job.make_dataset(section, new)
 
 
 def test_a_folder_in_one_range_or_many(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_shards_that_fail_are_named_and_the_others_done(make_dataset: Make, tmp_
     (tmp_path / "train-00002.tar").write_bytes(tar)
     with pytest.raises(DataError) as e:
         add_columns(directory, lengths(), label="score")
-    assert "score: 2 pieces of the work failed" in str(e.value)
+    assert "score: 2 pieces of the work failed (the others are finished, and the same command repeats these alone)" in str(e.value)
     assert str(e.value).endswith(
         f": train-00001.tar: it is missing; train-00002.tar: sample {row['key']}: its bytes are not those that the index names (crc32)"
     )

@@ -13,6 +13,7 @@ from pipeline.config.shard import Contamination, Shard
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards import __main__ as command
+from pipeline.shards.denied import Denied, list_denied
 from pipeline.shards.duplicates import contamination
 from pipeline.shards.duplicates.contamination import find_contamination
 from pipeline.shards.duplicates.stage import check_sets, treat_copies
@@ -45,8 +46,9 @@ def test_the_audit_and_the_list(places: dict[str, Storage]) -> None:
         Contamination(url=other.url, near=4),
         Contamination(url=bench.url, split="train", near=None),
     ]
-    audits = find_contamination(ours, sets, 2, images=5)
-    assert json.loads(ours.read("contamination.json"))["sets"] == audits
+    found = find_contamination(ours, sets, 2, images=5)
+    audits = found["sets"]
+    assert json.loads(ours.read("contamination.json")) == found
     assert [(a["url"], a["split"], a["near"]) for a in audits] == [(bench.url, None, 4), (other.url, None, 4), (bench.url, "train", None)]
     assert audits[0]["images"] == {
         "train": {"images": 2, "exact": 1, "near": 1},
@@ -59,6 +61,9 @@ def test_the_audit_and_the_list(places: dict[str, Storage]) -> None:
     rows = denied(ours, "contamination")
     want = [("ours/0", "bench/0", True)] * 2 + [("smaller 9", "bench/9", False)] + [(f"{name} of 8", "bench/8", False) for name in CHANGES]
     assert sorted((r["key"], r["of_key"], r["exact"]) for r in rows) == sorted((key_of(a), key_of(b), e) for a, b, e in want)
+    # The first of ours is in two sets: each counts it, the list once.
+    assert audits[2]["denied"]["train"] == {"exact": 1, "near": 0} and found["denied"] == audits[0]["denied"]
+    assert list_denied(ours, 1)[0] == [Denied("contamination", len(want) - 1, 1, 1 + len(CHANGES))]
     assert {r["of"] for r in rows} == {bench.url} and all(r["distance"] <= 4 for r in rows)  # type: ignore[operator]
     assert [r["key"] for r in rows] == sorted(str(r["key"]) for r in rows)
     assert len(open_dataset(ours.url)) == 7 and files == {name: bench.read(name) for name in bench.names()}
@@ -94,7 +99,7 @@ def test_it_is_what_comparing_all_gives(tmp_path: Path) -> None:
     has = {where: values[1][:, 0] > 40 for where, values in made.items()}
     write_hashes(ours, {"train": 600}, *made[ours], has[ours], per_shard=50)
     write_hashes(theirs, {"test": 90}, *made[theirs], has[theirs], per_shard=40)
-    [audit] = find_contamination(ours, [Contamination(url=theirs.url, near=near)], 2, images=100)
+    [audit] = find_contamination(ours, [Contamination(url=theirs.url, near=near)], 2, images=100)["sets"]
     want, met = {}, {"exact": set[int](), "near": set[int]()}
     for n, key in enumerate(made[ours][0]):
         found = []
@@ -116,7 +121,7 @@ def test_it_is_what_comparing_all_gives(tmp_path: Path) -> None:
 
 
 def test_the_stage(places: dict[str, Storage], monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = [{"url": places["bench"].url, "near": 4}]
+    sets = [{"url": places["bench"].url, "near": 4}, {"url": places["bench"].url, "split": "train", "near": None}]
     shard = Shard.model_validate({"source": {"url": "x"}, "images": {"hash": True}, "contamination": sets, "workers": 2})
     want = {"shard/contamination/exact": 1, "shard/contamination/near": 1 + len(CHANGES)}
     assert treat_copies(places["ours"], shard) == want
@@ -151,6 +156,6 @@ def test_a_set_on_a_store(places: dict[str, Storage], s3: tuple[str, object]) ->
         moved[name] = Storage(f"{url}/{name}", endpoint)
         for file in places[name].names():
             moved[name].write(file, places[name].read(file))
-    [audit] = find_contamination(moved["ours"], [Contamination(url=moved["bench"].url, near=4)], 2)
+    [audit] = find_contamination(moved["ours"], [Contamination(url=moved["bench"].url, near=4)], 2)["sets"]
     assert audit["denied"]["train"] == {"exact": 1, "near": len(CHANGES)}
     assert len(open_dataset(moved["ours"].url, endpoint=endpoint)) == 7

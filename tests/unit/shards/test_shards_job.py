@@ -11,7 +11,7 @@ from pipeline.config import Config, parse_config
 from pipeline.core.errors import DataError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job
-from pipeline.shards.job import make_dataset
+from pipeline.shards.job import dataset_fingerprint, make_dataset
 from pipeline.shards.manifest import find_manifest, read_manifest, read_shards
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -81,6 +81,18 @@ def test_a_finished_dataset_is_kept_and_another_replaces_it(tree: Path, tmp_path
     second, metrics = make_dataset(config(tree, splits={"all": 1.0}, size="10 MiB"), directory)
     assert metrics and second.hash != first.hash
     assert names(directory) == ["all-00000.index.parquet", "all-00000.tar", "manifest.json", "shards.parquet"]
+
+
+def test_what_makes_another_dataset() -> None:
+    """A dataset that was made by an earlier Tessera without a filter is still the same one."""
+
+    def made(**shard: object) -> str:
+        section = config(Path("x"), **shard).shard
+        assert section is not None
+        return dataset_fingerprint(section)
+
+    assert made(workers=3) == "5a88d0f7185cfb7b65d35d0890baa7492b593b7197b1dbc03d49a890ca22a6c9"
+    assert len({made(), made(size="1 MiB"), made(filter="builtins.bool"), made(filter="textwrap.dedent")}) == 4
 
 
 def test_a_dataset_of_another_folder_is_not_taken_for_this_one(tree: Path, tmp_path: Path) -> None:

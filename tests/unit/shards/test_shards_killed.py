@@ -18,9 +18,12 @@ import ray
 from PIL import Image
 
 from pipeline.config import parse_config
+from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
 from pipeline.shards import plan
-from pipeline.shards.job import make_dataset
+from pipeline.shards.job import find_made, make_dataset
+from pipeline.shards.manifest import read_manifest
+from pipeline.stream import open_dataset
 
 _JOB = """
 import json, sys
@@ -54,12 +57,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory, encoded: Callable[...,
 class Jobs:
     """Runs of one job in processes of their own, each with a Ray of its own where `address` is empty."""
 
-    def __init__(self, source: Path, out: Path, address: str) -> None:
+    def __init__(self, source: Path, out: Path, address: str, **shard: object) -> None:
         section = {
             "source": {"url": str(source)},
             "samples": 8,
             "images": {"resize": {"pixels": 200}},
             "splits": {"train": 0.9, "test": 0.1},
+            **shard,
         }
         self.config = {"name": "t", "storage": "runs", "shard": section}
         self.command = [sys.executable, "-c", _JOB, address, json.dumps(self.config), str(out)]
@@ -141,6 +145,34 @@ def test_killed_at_some_moments(photographs: Path, tmp_path: Path, cluster: None
         make_dataset(parse_config(job.config), Storage(str(job.out)))
 
     break_and_resume(photographs, tmp_path, ray.get_runtime_context().gcs_address, 2, 1, whole)
+
+
+def test_a_filter_that_was_changed_meanwhile_is_another_dataset(
+    photographs: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of before and after are not mixed; and what was made by the one stays until its own config asks for the other."""
+    module = tmp_path / "own" / "own_filter_changed.py"
+    module.parent.mkdir()
+    monkeypatch.syspath_prepend(str(module.parent))
+    monkeypatch.chdir(module.parent)  # Ray has its workers look there too
+    jobs = Jobs(photographs, tmp_path / "out", ray.get_runtime_context().gcs_address, filter="own_filter_changed.keep", images={})
+    module.write_text("def keep(sample):\n    return sample['label'] != 3\n")
+    assert not jobs.run(lambda: len(jobs.finished()) >= 4)
+    before = jobs.finished()
+    module.write_text("def keep(sample):\n    return sample['label'] == 3\n")
+    assert jobs.run()
+    directory, config = Storage(str(jobs.out)), parse_config(jobs.config)
+    manifest = read_manifest(directory)
+    expected = len(list((photographs / "class-3").glob("*.jpg")))
+    assert (manifest.read, manifest.written, manifest.dropped) == (300, expected, {"filtered": 300 - expected})
+    assert before and {label for split in ("train", "test") for label in open_dataset(directory.url, split).labels()} == {3}
+
+    assert config.shard is not None and find_made(config.shard, directory) == manifest
+    module.write_text("def keep(sample):\n    return True\n")
+    assert find_made(config.shard, directory) is None
+    with pytest.raises(DataError, match=r"the run has trained on the dataset in .*, or the source code of shard.filter, was another"):
+        make_dataset(config, directory, grow=False)
+    assert read_manifest(directory) == manifest
 
 
 @pytest.mark.chaos

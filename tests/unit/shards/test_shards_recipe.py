@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.shard import ShardImages, ShardText
+from pipeline.config.shard import Shard, ShardImages, ShardText
 from pipeline.core.errors import ConfigError
+from pipeline.shards.fill import Filling
 from pipeline.shards.images import Dropped
 from pipeline.shards.samples import Files, Recipe, Sample, make_sample
-from pipeline.shards.sources import Item
+from pipeline.shards.sources import FolderSource, Item
 
 NAN = float("nan")
 
@@ -138,3 +139,13 @@ def test_a_filter_that_raises_ends_the_job(make: Callable[..., Any], own: Callab
 def test_a_filter_is_asked_last(make: Callable[..., Any], own: Callable[[str, str], Recipe]) -> None:
     recipe = own("filter_last", "raise RuntimeError")
     assert make(Recipe(ShardImages(min_pixels=1000), filter=recipe.filter)).reason == "too-small"
+
+
+def test_a_filter_that_changes_while_the_job_runs_ends_it(own: Callable[[str, str], Recipe], tmp_path: Path) -> None:
+    """Processes that begin later would import another one; and machines may have another from the beginning."""
+    name = own("filter_changes", "return True").filter
+    filling = Filling.of(FolderSource(str(tmp_path)), Shard.model_validate({"source": {"url": "x"}, "filter": name}), [], 1)
+    filling.check()
+    own("filter_changes", "return False")
+    with pytest.raises(ConfigError, match=r"shard.filter: the source code of filter_changes.keep is not what it was when the job began"):
+        filling.check()

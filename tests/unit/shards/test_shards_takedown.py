@@ -105,6 +105,23 @@ def test_parquet_lists_and_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_shard_that_cannot_be_read_has_all_matched_again(tmp_path: Path) -> None:
+    """No record is kept of those that were, so nothing else is said."""
+    directory = Storage(str(tmp_path / "data"))
+    from_urls(directory)
+    index = directory.read("train-00001.index.parquet")
+    directory.remove("train-00001.index.parquet")
+    told = (
+        r"takedown: 1 piece of the work failed \(the same command begins anew\): train-00001.tar: .*train-00001.index.parquet: is missing"
+    )
+    with pytest.raises(DataError, match=told):
+        take_down(directory, [text_list(tmp_path / "list", URLS[0], URLS[15])])
+    assert not directory.names("deny")
+    directory.write("train-00001.index.parquet", index)
+    assert take_down(directory, [str(tmp_path / "list")]).samples == 2
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_longer_list_replaces_the_shorter(tmp_path: Path) -> None:
     directory, path = Storage(str(tmp_path / "data")), tmp_path / "data" / "deny" / "takedown.parquet"
     from_urls(directory)
