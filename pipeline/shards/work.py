@@ -34,14 +34,16 @@ def place_of(directory: Storage, version: int) -> Storage:
 
 
 def clear(directory: Storage, place: Storage, is_first: bool) -> None:
-    """Before the first shard of a plan is written: what an unfinished or different dataset left goes, its manifest first."""
+    """Before the first shard of a plan is written: what an unfinished or different dataset left goes, its manifest first. Takedowns stay
+    (`_forget_lists`)."""
     if place.exists("cleared"):
         return
     if is_first:
         directory.remove("manifest.json")
         for name in directory.names():
-            if name != WORK and _is_ours(name):
+            if name not in (WORK, DIRECTORY) and _is_ours(name):
                 directory.remove(name)
+        _forget_lists(directory)
         for name in (directory / WORK).names():
             if name != "v1":
                 (directory / WORK).remove(name)
@@ -52,13 +54,19 @@ def clear(directory: Storage, place: Storage, is_first: bool) -> None:
 
 def forget(directory: Storage) -> None:
     """Remove what a dataset has beside its tars and their indices: its manifests, tables and audits, what a next version would begin with,
-    and the deny-lists that were worked out of its indices. A takedown stays, and any other list: what was denied might come back."""
+    and the deny-lists that were worked out of it."""
     directory.remove("manifest.json")  # first, so that nobody reads an old table beside new indices
     for name in directory.names():
         if name == WORK or (_is_ours(name) and name != DIRECTORY and not name.endswith((".tar", ".index.parquet"))):
             directory.remove(name)
+    _forget_lists(directory)
+
+
+def _forget_lists(directory: Storage) -> None:
+    """The deny-lists that were worked out of a dataset. A takedown stays, and any other list: keys are those of paths and URLs, so what was
+    denied would come back."""
     for name in (directory / DIRECTORY).names():
-        if name.startswith(("duplicates", "contamination", "score-")):
+        if name.startswith(("duplicates", "contamination", "score-", "source")):
             (directory / DIRECTORY).remove(name)
 
 

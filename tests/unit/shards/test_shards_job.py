@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import webdataset as wds
 from PIL import Image
@@ -11,6 +12,7 @@ from pipeline.config import Config, parse_config
 from pipeline.core.errors import DataError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job
+from pipeline.shards.deny import DenyList
 from pipeline.shards.job import dataset_fingerprint, make_dataset
 from pipeline.shards.manifest import find_manifest, read_manifest, read_shards
 
@@ -78,9 +80,14 @@ def test_a_finished_dataset_is_kept_and_another_replaces_it(tree: Path, tmp_path
     assert make_dataset(config(tree, workers=1), directory) == (first, {})
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir() if p.name != ".plan"} == before
 
+    for name in ("takedown", "duplicates"):
+        with DenyList(directory, name, {}) as out:
+            out.add(pa.table({"key": ["a" * 20]}))
+            out.publish({})
     second, metrics = make_dataset(config(tree, splits={"all": 1.0}, size="10 MiB"), directory)
     assert metrics and second.hash != first.hash
-    assert names(directory) == ["all-00000.index.parquet", "all-00000.tar", "manifest.json", "shards.parquet"]
+    assert names(directory) == ["all-00000.index.parquet", "all-00000.tar", "deny", "manifest.json", "shards.parquet"]
+    assert directory.names("deny") == ["takedown.parquet"]  # keys are the same, so what was taken down would come back
 
 
 def test_what_makes_another_dataset() -> None:
