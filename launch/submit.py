@@ -154,7 +154,7 @@ def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool, cali
     if calibrate and plan:
         plan = replace(plan, measured=calibration.calibrate(config, plan.load, plan.device))
     is_to_come = config.shard is not None and not find_made(config.shard, run_directory(config) / "shards")
-    facts = describe(config, plan, estimated, workers, forecast(config.shard) if config.shard and is_to_come else None)
+    facts = describe(config, plan, estimated, workers, forecast(config.shard, config.storage) if config.shard and is_to_come else None)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
 
 

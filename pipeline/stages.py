@@ -105,7 +105,7 @@ def check_resources(config: Config, write: bool = True, coming: frozenset[str] =
     if p and write:  # a plan imports no engine
         check_deepspeed(p)
     if config.shard and not find_made(config.shard, run_directory(config) / "shards"):
-        check_source(config.shard)
+        check_source(config.shard, config.storage)
         if config.shard.filter is not None:
             load_function("shard.filter", config.shard.filter)
     if config.shard and write and (fresh or not _has_trained(config)):  # a plan reads no weights
@@ -184,7 +184,7 @@ def _survey(config: Config, before: Sequence[Config], fresh: bool) -> tuple[int,
         return samples, facts(classes), None, True
     maker = next((c for c in [*before, config] if c.shard and (c is config or made_by([c]) & _data_urls(config))), None)
     if maker and maker.shard and not find_made(maker.shard, run_directory(maker) / "shards"):
-        survey = open_source(maker.shard.source).survey()
+        survey = open_source(maker.shard.source, maker.storage).survey()
         samples = max(1, round(survey.rows * maker.shard.splits[p.split]))
         reading = Reading(survey.mean, p.loader.block or (1 if _is_local(config) else BLOCK))
         return samples, facts(survey.classes), reading, True

@@ -36,7 +36,7 @@ class TarSource(Source):
         self.parts()
 
     def parts(self) -> list[Part]:
-        self.storage, files = find_files(self.url, _SUFFIXES, "tars")
+        self.storage, files = find_files(self.url, _SUFFIXES, "tars", self.storage.endpoint)
         packed = [name for name, _ in files if not name.endswith(".tar")]
         if packed:
             raise DataError(
