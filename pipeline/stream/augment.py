@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
-from pipeline.config.pretrain import Image
+from pipeline.config.inputs import Image
 from pipeline.stream.decode import decode_box, evaluation_view_of, reduction, resize_into, size_of
 from pipeline.stream.randaugment import color_jitter, rand_augment
 from pipeline.stream.random import Random

@@ -12,7 +12,7 @@ import torch
 from photographs import encoded, photograph, photographs
 from PIL import Image as Picture
 
-from pipeline.config.pretrain import Image, RandAugment
+from pipeline.config.inputs import Image, RandAugment
 from pipeline.stream.augment import _flipped, _resized_crop, training_view
 from pipeline.stream.decode import decode, evaluation_view
 from pipeline.stream.random import Random
