@@ -8,6 +8,7 @@ failed, the others are killed, as by torchrun. A single one is started as Python
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -23,6 +24,8 @@ from pipeline.train.library import import_deepspeed
 
 def main() -> None:
     import_deepspeed()
+    for later in ("deepspeed.runtime.zero.muon.muon_optimizer", "pandas"):  # what a first step imports; the former, torch's compiler
+        importlib.import_module(later)
     threads = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     assert len(threads) == 1 + threads.count("jemalloc_bg_thd"), f"forks lose all but one of {threads}"  # it is ready for them
     gc.freeze()  # DeepSpeed collects at every start, which would go through all that was imported
