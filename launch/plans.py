@@ -14,7 +14,7 @@ HEAD = ("config", "GPUs", "ZeRO", "micro-batch", "memory a GPU", "sent a GPU and
 def table(configs: tuple[str, ...], gpus: tuple[int, ...], device: str) -> str:
     """One row a config and number of GPUs; of a config that does not fit, what would make it."""
     from pipeline.plan.fit import as_typed, smallest_change
-    from pipeline.stages import check_config, plan_config, settle_config
+    from pipeline.preflight import check_config, plan_config, settle_config
 
     rows = [HEAD, tuple("---" for _ in HEAD)]
     for file in configs:

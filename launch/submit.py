@@ -121,7 +121,7 @@ def _run(
     from launch.cluster import RayCluster, use_token
 
     use_token()  # before anything imports Ray, which looks once
-    from pipeline.stages import check_config
+    from pipeline.preflight import check_config
 
     for each in configs:
         check_config(each)
@@ -142,9 +142,9 @@ def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool, cali
     from pipeline.checkpoint.run import check_claim, run_directory
     from pipeline.plan import calibration
     from pipeline.plan.describe import as_text, describe
+    from pipeline.preflight import check_config, check_resources, made_by, plan_config, settle_config
     from pipeline.shards.forecast import forecast
     from pipeline.shards.job import find_made
-    from pipeline.stages import check_config, check_resources, made_by, plan_config, settle_config
 
     check_config(config)
     config = settle_config(config, before, fresh)
@@ -154,7 +154,7 @@ def _plan(config: Config, before: list[Config], fresh: bool, as_json: bool, cali
     if calibrate and plan:
         plan = replace(plan, measured=calibration.calibrate(config, plan.load, plan.device))
     is_to_come = config.shard is not None and not find_made(config.shard, run_directory(config) / "shards")
-    facts = describe(config, plan, estimated, workers, forecast(config.shard) if config.shard and is_to_come else None)
+    facts = describe(config, plan, estimated, workers, forecast(config.shard, config.storage) if config.shard and is_to_come else None)
     click.echo(json.dumps(facts, indent=2) if as_json else as_text(facts, yaml.safe_dump(facts["config"], sort_keys=False)))
 
 

@@ -36,7 +36,8 @@ def run_here(configs: Sequence[Config], *, command: str, fresh: bool = False, lo
     """
     began = time.monotonic()
     from pipeline.checkpoint.run import check_claim
-    from pipeline.stages import check_config, check_resources, made_by, run_stages, settle_config, write_joint_page
+    from pipeline.preflight import check_config, check_resources, made_by, settle_config
+    from pipeline.stages import run_stages, write_joint_page
 
     if repeated := [c.name for i, c in enumerate(configs) if c.name in [other.name for other in configs[:i]]]:
         raise ConfigError(f"name: {repeated[0]!r} is the name of two of the configs; each run needs one of its own")

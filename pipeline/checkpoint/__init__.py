@@ -1,6 +1,7 @@
 """What outlives a crash: the run directory, committed checkpoints, the model in them."""
 
-from pipeline.checkpoint.commit import Checkpoints, Commit, Lease, read_history
+from pipeline.checkpoint.commit import Checkpoints, Commit, Lease
+from pipeline.checkpoint.history import read_history
 from pipeline.checkpoint.model import ModelCard, adapt_weights, find_model
 from pipeline.checkpoint.run import Run, claim_run, find_run
 

@@ -282,30 +282,9 @@ class _Unreadable(CheckpointError):
     """A commit that is there and cannot be read."""
 
 
-def check_conditional(storage: Storage, is_needed: bool) -> None:
-    """Raises StorageError where `is_needed` and the store ignores the condition on which leases and commits rest."""
-    if is_needed and not storage.is_conditional():
-        raise StorageError(
-            f"storage: {storage.url} overwrites what it was told not to overwrite, so two jobs of one run could not be told apart; "
-            "use another store, or accept that with storage.conditional: false"
-        )
-
-
 def index_names(commit: Commit) -> list[str]:
     return [r.name for r in commit.files if re.fullmatch(r"rank-\d+-of-\d+\.json", r.name)]
 
 
 def _counts(commit: Commit, newest: Lease | None) -> bool:
     return newest is None or commit.generation >= newest.generation or (commit.step, commit.attempt) in newest.base
-
-
-def read_history(run: Storage) -> list[dict[str, float]]:
-    """The recorded metrics of a run up to its newest checkpoint, a row a record; empty where there is no checkpoint.
-
-    They are part of the checkpoint, so a row of a step that a resume repeats is never there twice.
-    """
-    checkpoints = Checkpoints(run)
-    commits = checkpoints.commits()
-    if not commits:
-        return []
-    return [json.loads(line) for line in checkpoints.fetch(commits[-1], HISTORY).splitlines()]

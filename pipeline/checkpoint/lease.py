@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from pipeline.core.errors import CheckpointError, Fenced
+from pipeline.core.errors import CheckpointError, Fenced, StorageError
 from pipeline.core.storage import Storage
 
 LEASES = "leases"
@@ -90,3 +90,12 @@ class Leases:
 
     def _names(self) -> list[str]:
         return sorted((name for name in self.directory.names(LEASES) if _NAME.fullmatch(name)), key=lambda name: int(name.split(".")[0]))
+
+
+def check_conditional(storage: Storage, is_needed: bool) -> None:
+    """Raises StorageError where `is_needed` and the store ignores the condition on which leases and commits rest."""
+    if is_needed and not storage.is_conditional():
+        raise StorageError(
+            f"storage: {storage.url} overwrites what it was told not to overwrite, so two jobs of one run could not be told apart; "
+            "use another store, or accept that with storage.conditional: false"
+        )

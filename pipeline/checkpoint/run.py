@@ -41,6 +41,7 @@ _FREE = (
     "pretrain.loader.cache",
     "shard.workers",
     "shard.fetch",
+    "shard.source.endpoint",
     # What is done to finished shards; a run that has begun to train keeps what it began with.
     "shard.duplicates",
     "shard.contamination",

@@ -83,7 +83,7 @@ _PATHS = (
     "evaluate.suites.data",
 )
 _WORDS = ("own", "three-bit")  # no paths: a suite's data, a palette
-_URLS = (*_PATHS, "storage.endpoint", "tracking.uri", "cluster.address")
+_URLS = (*_PATHS, "storage.endpoint", "shard.source.endpoint", "tracking.uri", "cluster.address")
 
 # What a plain word stands for, where it is not the name.
 _PLAIN_KEYS = {

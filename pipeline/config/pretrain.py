@@ -1,13 +1,15 @@
-"""The section `pretrain` of a config: the model, what it sees, how it is trained and saved."""
+"""The section `pretrain` of a config: the model, how it is trained and saved. What it sees is in `inputs.py`."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
-from pipeline.config.section import Bytes, Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Templates, Time
+from pipeline.config.inputs import Image, Loader, Palette, Text
+from pipeline.config.section import Count, Decay, Flag, Fraction, Interval, Part, Positive, Section, Span, Time
+from pipeline.config.validate import Validate
 from pipeline.core import units
 
 
@@ -28,84 +30,6 @@ class ModelSection(_Named):
 
 class Objective(_Named):
     """What training minimises."""
-
-
-class RandAugment(Section):
-    """arXiv 1909.13719: `ops` random operations an image, of a strength around `magnitude` (0 to 10)."""
-
-    ops: Count = 2
-    magnitude: Annotated[float, Field(ge=0, le=10)] = 9
-    deviation: Annotated[float, Field(ge=0)] = Field(0.5, description="standard deviation of the magnitude, as DeiT has it")
-
-
-class Image(Section):
-    """From a sample's image to the model's input; what is 0 or null is off."""
-
-    pixels: Count = 224
-    crop: Literal["random-resized", "random-square", "none"] = "random-resized"
-    scale: tuple[Part, Part] = Field((0.08, 1.0), description="area kept by random-resized, as fractions")
-    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="aspect ratios of random-resized")
-    flip: Flag = True
-    color_jitter: Annotated[float, Field(ge=0, le=1)] = Field(0, description="brightness, contrast and saturation within 1 +- this")
-    rand_augment: RandAugment | None = None
-    erase: Fraction = Field(0, description="probability of random erasing, with noise")
-    mixup: Annotated[float, Field(ge=0)] = Field(0, description="alpha of mixup's Beta distribution")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0, description="alpha of CutMix's; with mixup too, one of them by the toss of a coin")
-    repeats: Count = Field(1, description="repeated augmentation: views of a sample in a row; an epoch still counts N views of N samples")
-    enlarge: Flag = Field(False, description="accept images smaller than `pixels`")
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _smaller_first(cls, ends: tuple[float, float]) -> tuple[float, float]:
-        if ends[0] > ends[1]:
-            raise ValueError("must give the smaller number first")
-        return ends
-
-
-class Text(Section):
-    """From a sample's caption to tokens."""
-
-    _plain_key: str = "tokenizer"
-    tokenizer: str | None = Field(
-        None,
-        description="a tokenizer.json that `python -m pipeline.stream.text` made, or OpenAI's vocabulary (.txt.gz); "
-        "default: the run learns one from its captions",
-    )
-    sha256: str | None = Field(None, description="of that file; what differs is refused")
-    size: Count = Field(49408, description="tokens, at most, where the run learns them")
-    length: Annotated[int, Field(ge=3)] = Field(77, description="tokens a caption, the first and last marks included")
-
-
-class Palette(Section):
-    """From pixels to colour numbers, for models of pixels."""
-
-    _plain_key: str = "url"
-    url: str | None = Field(
-        None,
-        description="a .npy that `python -m pipeline.stream.palette` made, OpenAI's clusters, or `three-bit`; "
-        "default: the run learns one from its images",
-    )
-    sha256: str | None = Field(None, description="of that file; what differs is refused")
-    colors: Annotated[int, Field(ge=2, le=2**15)] = Field(512, description="how many, where the run learns them")
-
-
-class Cache(Section):
-    """Where a machine keeps what it fetched of remote datasets; all its processes share it."""
-
-    _plain_key: str = "path"
-    path: str | None = Field(None, description="default: tessera-cache-<user> in the temporary directory")
-    size: Bytes = 20 * 2**30
-
-
-class Loader(Section):
-    """How samples are read. Only `block` changes what a batch holds."""
-
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="decoding threads of a rank; 0 decodes in line")
-    block: Count | None = Field(None, description="neighbouring samples read together; default: 1 on local disks, else 64")
-    bad: Fraction = Field(0.01, description="the run stops where a larger fraction of samples had to be replaced")
-    cache: Cache = Cache()
 
 
 class Start(Section):
@@ -236,41 +160,6 @@ class Save(Section):
         if self.patience.seconds < self.retry.seconds:
             raise ValueError(f"patience: {self.patience} is shorter than pretrain.save.retry, which is {self.retry}; give as much or more")
         return self
-
-
-class Knn(Section):
-    """Accuracy of a vote of the nearest training images, by the cosine of the model's features; as the metric validate/knn."""
-
-    _plain_key = "data"
-
-    data: str | None = Field(None, description="a dataset with labels; default: the run's own")
-    train: str | None = Field(None, description="the split whose labels are known; default: pretrain.split")
-    test: str | None = Field(None, description="the split that is classified; default: pretrain.validate.split")
-    bank: Count = Field(10_000, description="images of known label, at most; their features are held by every rank")
-    samples: Count = Field(5_000, description="images that are classified, at most")
-    k: Count = 20
-    temperature: Positive = Field(0.07, description="a neighbour of cosine s counts exp(s / temperature)")
-
-
-class ZeroShot(Section):
-    """Accuracy of the class whose captions are nearest to an image; as the metric validate/zero_shot."""
-
-    _plain_key = "data"
-
-    data: str | None = Field(None, description="a dataset with labels; default: the run's own")
-    split: str | None = Field(None, description="default: pretrain.validate.split")
-    samples: Count = Field(5_000, description="images that are classified, at most")
-    templates: Templates = Field(["a photo of a {}."], description="captions, each with {} where the class belongs; their mean is used")
-    class_names: list[str] | None = Field(None, description="what the classes are called, in their order; default: the dataset's names")
-
-
-class Validate(Section):
-    """The loss on held-out data, and accuracies on small tasks that need no training."""
-
-    every: Span = units.Duration(1, "epoch")
-    split: str = "test"
-    knn: Knn | None = None
-    zero_shot: ZeroShot | None = None
 
 
 class Profile(Section):

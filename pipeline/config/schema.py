@@ -23,10 +23,14 @@ class StorageSection(Section):
 
     _plain_key: str = "url"
     url: str
-    endpoint: str | None = None
+    endpoint: str | None = Field(None, description="of an S3-compatible store; also for every other s3:// URL of the config")
     conditional: Flag = Field(
         True, description="false accepts a store that overwrites where it was asked not to: two jobs may then collide"
     )
+
+    def endpoint_of(self, url: str) -> str | None:
+        """The endpoint that serves `url`: this one, where it is on a store of the same kind."""
+        return self.endpoint if url.partition("://")[0] == self.url.partition("://")[0] else None
 
 
 class Tracking(Section):

@@ -20,6 +20,9 @@ class Source(Section):
 
     format: str = "folder"
     url: str = Field(description="the folder; or a table, a folder of tables or a pattern of them (*.parquet, *.csv, *.jsonl); or tars")
+    endpoint: str | None = Field(
+        None, description="of an S3-compatible store that the source is in; default: storage.endpoint, where both are s3:// URLs"
+    )
     columns: dict[str, str] = Field(
         {},
         description="of tables: what our names (url, image, caption, label, key) are called there; those of LAION, COYO, DataComp and of "

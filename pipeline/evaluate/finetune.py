@@ -21,7 +21,7 @@ import torch
 
 from pipeline.checkpoint import ModelCard, adapt_weights
 from pipeline.config.evaluate import FineTune
-from pipeline.config.pretrain import Image
+from pipeline.config.inputs import Image
 from pipeline.core.errors import Diverged
 from pipeline.core.progress import Progress
 from pipeline.evaluate.features import device, extract, labelled, logits_of

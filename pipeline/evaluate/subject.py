@@ -10,7 +10,7 @@ from pipeline.checkpoint import ModelCard, find_model
 from pipeline.checkpoint.model import find_start_card, open_model
 from pipeline.config import Config
 from pipeline.config.evaluate import Evaluate
-from pipeline.config.pretrain import Image
+from pipeline.config.inputs import Image
 from pipeline.core.errors import ConfigError
 from pipeline.core.storage import Storage
 from pipeline.evaluate.protocols import Kind, check_protocols

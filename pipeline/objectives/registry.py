@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config.pretrain import Best, Image
+from pipeline.config.inputs import Image
+from pipeline.config.pretrain import Best
 from pipeline.core.errors import ConfigError, choose
 from pipeline.models import check_model
 from pipeline.models.options import Options, parse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config.schema import StorageSection
 from pipeline.config.shard import Shard
 from pipeline.shards.layout import MEMBER_BYTES
 from pipeline.shards.plan import GROUP_ROWS
@@ -29,9 +30,9 @@ class Forecast:
     bytes: int
 
 
-def forecast(shard: Shard) -> Forecast:
+def forecast(shard: Shard, storage: StorageSection | None = None) -> Forecast:
     """Raises as the source's `survey`."""
-    source = open_source(shard.source)
+    source = open_source(shard.source, storage)
     return forecast_of(shard, source.survey(), source.has_sizes, source.in_blocks)
 
 

@@ -62,7 +62,7 @@ def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple
         )
     if shard.filter is not None and source_hash("shard.filter", shard.filter) is None:
         progress.say(f"warning: shard.filter: the source code of {shard.filter} cannot be read, so nobody would see that it has changed")
-    made = _grow(shard, directory, found, grow) if found is not None else _make(shard, directory, None, None)
+    made = _grow(config, directory, found, grow) if found is not None else _make(config, directory, None, None)
     if made is None:
         assert found is not None, "only a dataset that is there can have nothing new"
         progress.say(f"shard        the dataset is there already: {found.written:,} samples in {directory.url}")
@@ -86,17 +86,19 @@ def dataset_fingerprint(shard: Shard) -> str:
     return fingerprint({**decides, "source": {"format": shard.source.format, "columns": shard.source.columns}})
 
 
-def _grow(shard: Shard, directory: Storage, found: Manifest, grow: bool) -> tuple[Manifest, _Filled] | None:
+def _grow(config: Config, directory: Storage, found: Manifest, grow: bool) -> tuple[Manifest, _Filled] | None:
     """The next version, or None where the source has nothing new."""
     state = read_state(directory, found.version)
     if state is None:
         return None  # what its rows were is not known
     tidy(directory, found.version)
-    return _make(shard, directory, found, state) if grow else None
+    return _make(config, directory, found, state) if grow else None
 
 
-def _make(shard: Shard, directory: Storage, found: Manifest | None, state: State | None) -> tuple[Manifest, _Filled] | None:
-    source = open_source(shard.source)
+def _make(config: Config, directory: Storage, found: Manifest | None, state: State | None) -> tuple[Manifest, _Filled] | None:
+    shard = config.shard
+    assert shard is not None, "called for a config with a shard section"
+    source = open_source(shard.source, config.storage)
     try:
         survey = source.survey()
     except (DataError, StorageError, CredentialsError) as e:

@@ -93,7 +93,7 @@ def _resize(pixels: np.ndarray, whole: Size, size: Size) -> np.ndarray:
         resize_into(torch.from_numpy(pixels), torch.from_numpy(out))
     else:
         factor = next(f for f in (2, 4, 8) if have == (-(-whole[0] // f), -(-whole[1] // f)))
-        resize_into(torch.from_numpy(pixels), torch.from_numpy(out), (height * factor / whole[1], width * factor / whole[0]))
+        resize_into(torch.from_numpy(pixels), torch.from_numpy(out), (whole[1] / factor, whole[0] / factor))
     return out
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 
 
-def resize_into(image: torch.Tensor, out: torch.Tensor, factors: tuple[float, float] | None = None) -> None:
+def resize_into(image: torch.Tensor, out: torch.Tensor, extent: tuple[float, float] | None = None) -> None:
     """Resize uint8 (H, W, 3) to the size of `out` (h, w, 3), which is filled.
 
-    `factors`: (h, w) over the height and width that the picture has in its own pixels, where these are no whole numbers, as
-    those of a JPEG decoded at 1/8 of its size; else the picture would be shifted by up to half a pixel.
+    `extent`: the height and width that the picture has in its own pixels, from the first one's corner, where these are no whole
+    numbers, as those of a JPEG decoded at 1/8 of its size; else the picture would be stretched by up to a pixel.
     """
     height, width = out.size(0), out.size(1)
-    if image.size(0) == height and image.size(1) == width and factors is None:
+    if image.size(0) == height and image.size(1) == width and extent is None:
         out.numpy()[:] = image.numpy()
         return
     # What F.interpolate calls. Written where it belongs, in the order it has there, it takes half the time.
@@ -23,6 +23,6 @@ def resize_into(image: torch.Tensor, out: torch.Tensor, factors: tuple[float, fl
         image.permute(2, 0, 1).unsqueeze(0),
         [height, width],
         False,
-        *(factors or (None, None)),
+        *((None, None) if extent is None else (height / extent[0], width / extent[1])),
         out=out.permute(2, 0, 1).unsqueeze(0),
     )

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image as Picture
 
-from pipeline.config.pretrain import Image
-from pipeline.stream.decode import decode_box, evaluation_view_of, resize_into, size_of
+from pipeline.config.inputs import Image
+from pipeline.stream.decode import decode_box, evaluation_view_of, reduction, resize_into, size_of
 from pipeline.stream.randaugment import color_jitter, rand_augment
 from pipeline.stream.random import Random
 
@@ -32,13 +32,13 @@ def training_view(data: bytes, how: Image, random: Random, out: torch.Tensor, is
     """
     if how.crop == "none":
         evaluation_view_of(data, how.pixels, out)
-        part = out.numpy()
     else:
         height, width = size_of(data)
-        box = _resized_crop(height, width, how, random) if how.crop == "random-resized" else _square_crop(height, width, random)
-        part = decode_box(data, box, how.pixels, is_sound)
-    flip = how.flip and random.uniform() < 0.5
-    resize_into(_flipped(part) if flip else torch.from_numpy(np.ascontiguousarray(part)), out)
+        draw = _resized_crop if how.crop == "random-resized" else _square_crop
+        part, extent = decode_box(data, draw(height, width, how, random), how.pixels, is_sound)
+        resize_into(torch.from_numpy(np.ascontiguousarray(part)), out, extent)
+    if how.flip and random.uniform() < 0.5:
+        out.numpy()[:] = _flipped(out.numpy()).numpy()
     if how.rand_augment or how.color_jitter:
         picture = before = Picture.fromarray(out.numpy())
         if how.rand_augment:
@@ -58,15 +58,21 @@ def _resized_crop(height: int, width: int, how: Image, random: Random) -> tuple[
         ratio = math.exp(random.uniform(math.log(how.ratio[0]), math.log(how.ratio[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return random.integer(height - h + 1), random.integer(width - w + 1), h, w
+            return _somewhere(height, width, h, w, how, random)
     w, h = min(width, round(height * how.ratio[1])), min(height, round(width / how.ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _square_crop(height: int, width: int, random: Random) -> tuple[int, int, int, int]:
+def _square_crop(height: int, width: int, how: Image, random: Random) -> tuple[int, int, int, int]:
     """CLIP (arXiv 2103.00020, section 2.5): a random square as large as the shorter side; top, left, h, w."""
     side = min(height, width)
-    return random.integer(height - side + 1), random.integer(width - side + 1), side, side
+    return _somewhere(height, width, side, side, how, random)
+
+
+def _somewhere(height: int, width: int, h: int, w: int, how: Image, random: Random) -> tuple[int, int, int, int]:
+    """Drawn in steps of a pixel of the size that a JPEG is decoded at, so that it begins with a whole one, exactly where drawn."""
+    step = reduction(h, w, how.pixels)
+    return step * random.integer((height - h) // step + 1), step * random.integer((width - w) // step + 1), h, w
 
 
 def _flipped(part: np.ndarray) -> torch.Tensor:

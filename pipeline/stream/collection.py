@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from pipeline.config import fingerprint
 from pipeline.config.data import Bound, Data
-from pipeline.config.pretrain import Cache, Image
+from pipeline.config.inputs import Cache, Image
 from pipeline.core.errors import ConfigError
 from pipeline.core.units import format_bytes
 from pipeline.stream.mixture import PARTS, Mixture, whole_shares

@@ -42,21 +42,31 @@ def size_of(data: bytes) -> tuple[int, int]:
         raise ValueError(f"not a readable image ({e})") from e
 
 
-def decode_box(data: bytes, box: tuple[int, int, int, int], least: int, is_sound: bool = True) -> np.ndarray:
-    """The part `box` (top, left, height, width; in pixels of the whole image) as uint8 (h, w, 3), a view of what was decoded.
+def reduction(height: int, width: int, least: int) -> int:
+    """1, 2, 4 or 8: the part of a JPEG is decoded at 1 / so much of its size, where it still has `least` pixels a side."""
+    ratio = min(height, width) // least
+    # libjpeg-turbo has vector code for these factors alone; at others it is slower than at full size.
+    return 8 if ratio >= 8 else 4 if ratio >= 4 else 2 if ratio >= 2 else 1
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part then still has `least` pixels a side; the part's edges are
-    rounded to whole pixels of that size. And only down to the part's last row, where `is_sound`. Raises ValueError.
+
+def decode_box(
+    data: bytes, box: tuple[int, int, int, int], least: int, is_sound: bool = True
+) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """The part `box` (top, left, height, width; in pixels of the whole image) as uint8 (h, w, 3), a view of what was decoded; and
+    the height and width of the box in these pixels, for `resize_into`, where they are not h and w.
+
+    A JPEG is decoded at 1 / `reduction` of its size, and only down to the part's last row, where `is_sound`. There a box begins
+    with a whole pixel: its top and left are multiples of the reduction, or moved to the one before. Its height and width are
+    kept, so of the last row and column a part may lie outside. Raises ValueError.
     """
     top, left, height, width = box
-    bottom, right, factor = top + height, left + width, 1
     if data[:2] != _JPEG:
-        return _decode_other(data)[top:bottom, left:right]
-    if (ratio := min(height, width) // least) >= 2:
-        # libjpeg-turbo has vector code for these factors alone; at others it is slower than at full size.
-        factor = 8 if ratio >= 8 else 4 if ratio >= 4 else 2
-        top, left, bottom, right = ((edge + factor // 2) // factor for edge in (top, left, bottom, right))
-    return _decode_rows(data, bottom if is_sound else 1 << 16, factor)[top:bottom, left:right]
+        return _decode_other(data)[top : top + height, left : left + width], None
+    factor = reduction(height, width, least)
+    top, left = top // factor, left // factor
+    bottom, right = top + -(-height // factor), left + -(-width // factor)
+    pixels = _decode_rows(data, bottom if is_sound else 1 << 16, factor)[top:bottom, left:right]
+    return pixels, None if factor == 1 else (height / factor, width / factor)
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:

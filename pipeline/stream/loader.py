@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config import fingerprint
 from pipeline.config.data import Bound, Data
-from pipeline.config.pretrain import Cache, Image
+from pipeline.config.inputs import Cache, Image
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.world import World
 from pipeline.stream.augment import training_view

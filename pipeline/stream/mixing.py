@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.config.pretrain import Image
+from pipeline.config.inputs import Image
 from pipeline.stream.random import Random
 
 _SALT = 0x6D697865  # keeps these draws apart from a sample's

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.config.pretrain import RandAugment
+from pipeline.config.inputs import RandAugment
 from pipeline.stream.random import Random
 
 Color = tuple[int, int, int]

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import fingerprint
 from pipeline.config.data import Bound
-from pipeline.config.pretrain import Cache as CacheSection
+from pipeline.config.inputs import Cache as CacheSection
 from pipeline.core.errors import DataError
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage

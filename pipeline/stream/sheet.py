@@ -58,7 +58,8 @@ def _card(dataset: Dataset, number: int, mark: str) -> Card:
     try:
         height, width = size_of(sample.image)
         # As training decodes it; a large JPEG at a fraction of its size.
-        return Card(_fitted(Image.fromarray(decode_box(sample.image, (0, 0, height, width), _SIDE))), heading, text, mark)
+        pixels, _ = decode_box(sample.image, (0, 0, height, width), _SIDE)
+        return Card(_fitted(Image.fromarray(pixels)), heading, text, mark)
     except ValueError:
         return Card(None, heading, text, "undecodable")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.config.data import Data
-from pipeline.config.pretrain import Cache, Image
+from pipeline.config.inputs import Cache, Image
 from pipeline.core.progress import Progress
 from pipeline.stream.augment import training_view
 from pipeline.stream.collection import open_collection

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.data import Data
+from pipeline.config.inputs import Image
 from pipeline.config.load import parse_config, parse_yaml
-from pipeline.config.pretrain import Image, Pretrain
+from pipeline.config.pretrain import Pretrain
 from pipeline.config.schema import Config
 from pipeline.core.errors import CheckpointError, ConfigError, DataError, NoSuchRun, UserError
 from pipeline.core.progress import Progress

@@ -15,8 +15,9 @@ import torch
 from pipeline.checkpoint import ModelCard, Run
 from pipeline.checkpoint.model import find_start_card, open_model
 from pipeline.config import Config
-from pipeline.config.pretrain import Palette as PaletteSection
-from pipeline.config.pretrain import Pretrain, Text
+from pipeline.config.inputs import Palette as PaletteSection
+from pipeline.config.inputs import Text
+from pipeline.config.pretrain import Pretrain
 from pipeline.core.errors import CheckpointError, ConfigError, DataError, TesseraError, UserError
 from pipeline.core.progress import Progress, say
 from pipeline.core.storage import Storage

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.config.pretrain import Cache, Knn, Pretrain, ZeroShot
+from pipeline.config.inputs import Cache
+from pipeline.config.pretrain import Pretrain
+from pipeline.config.validate import Knn, ZeroShot
 from pipeline.core.errors import ConfigError, choose
 from pipeline.core.world import World
 from pipeline.objectives import OBJECTIVES, VALIDATION, Objective

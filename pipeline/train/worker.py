@@ -17,7 +17,7 @@ import click
 import torch
 
 from pipeline.checkpoint import Checkpoints, Lease, ModelCard, Run, adapt_weights, claim_run
-from pipeline.checkpoint.commit import check_conditional
+from pipeline.checkpoint.lease import check_conditional
 from pipeline.checkpoint.ledger import Ledger
 from pipeline.checkpoint.model import open_model
 from pipeline.checkpoint.requests import Requests

@@ -109,7 +109,7 @@ def s3_server(folder: Path, port: int) -> Iterator[tuple[str, str]]:
 def loader(url: str, endpoint: str | None, batches: int, cache: str | None) -> dict[str, float]:
     import torch
 
-    from pipeline.config.pretrain import Cache
+    from pipeline.config.inputs import Cache
     from pipeline.stream import open_stream
 
     torch.set_num_threads(1)
@@ -141,7 +141,7 @@ def bound(url: str, batches: int, evaluate: bool) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from pipeline.config.pretrain import Image
+    from pipeline.config.inputs import Image
     from pipeline.stream import open_dataset
     from pipeline.stream.augment import _resized_crop
     from pipeline.stream.random import Random
@@ -183,7 +183,7 @@ def evaluation(url: str) -> dict[str, float]:
 
 def memory(url: str, endpoint: str | None, cache: str, batches: int) -> dict[str, list[int]]:
     """Resident MiB, ten times in `batches` micro-batches, over many epochs."""
-    from pipeline.config.pretrain import Cache
+    from pipeline.config.inputs import Cache
     from pipeline.stream import open_stream
 
     stream = open_stream(url, global_batch=MICRO, micro_batch=MICRO, workers=WORKERS, size=SIZE, endpoint=endpoint, cache=Cache(path=cache))

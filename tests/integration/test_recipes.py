@@ -19,7 +19,7 @@ from pipeline.checkpoint import find_model, read_history
 from pipeline.config import Config, load_config
 from pipeline.core.storage import Storage
 from pipeline.plan import Plan
-from pipeline.stages import check_config, plan_config
+from pipeline.preflight import check_config, plan_config
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs" / "pretrain"

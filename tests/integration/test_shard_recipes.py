@@ -12,9 +12,9 @@ from PIL import Image
 from pipeline.config import Config, load_config
 from pipeline.core.errors import UserError
 from pipeline.core.storage import Storage
+from pipeline.preflight import check_config
 from pipeline.shards.job import make_dataset
 from pipeline.shards.sources import check_source
-from pipeline.stages import check_config
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs" / "shard"

@@ -43,15 +43,15 @@ _GUESS = 100_000  # bytes of a sample that is longer than the part of a tar whic
 class TarSource(Source):
     """Samples of tars: an image and perhaps txt, cls and json members. A part is a tar."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, endpoint: str | None = None) -> None:
+        super().__init__(url, endpoint)
         self._denying: dict[str, tuple[list[str], str]] = {}  # by folder, as `_deny_lists` has found them
 
     def check(self) -> None:
         self.parts()
 
     def parts(self) -> list[Part]:
-        self.storage, files = find_files(self.url, _SUFFIXES, "tars")
+        self.storage, files = find_files(self.url, _SUFFIXES, "tars", self.storage.endpoint)
         packed = [name for name, _ in files if not name.endswith(".tar")]
         if packed:
             raise DataError(

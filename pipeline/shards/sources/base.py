@@ -99,7 +99,7 @@ class Survey:
 
 
 class Source(ABC):
-    """A collection of images at `url`. Picklable, for the tasks that read it.
+    """A collection of images at `url`, in the S3-compatible store of `endpoint`. Picklable, for the tasks that read it.
 
     Errors of all methods: DataError and StorageError, which begin with the config's path (`shard.source.url`).
     """
@@ -107,9 +107,9 @@ class Source(ABC):
     has_sizes = True  # `Item.bytes` says how large an image is
     in_blocks = False  # rows are shuffled by blocks of them, see `order`
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, endpoint: str | None = None) -> None:
         self.url = url
-        self.storage = Storage(url)
+        self.storage = Storage(url, endpoint)
 
     @abstractmethod
     def check(self) -> None:

@@ -39,14 +39,14 @@ class BadRow:
     detail: str
 
 
-def find_files(url: str, suffixes: Sequence[str], what: str) -> tuple[Storage, list[tuple[str, int]]]:
+def find_files(url: str, suffixes: Sequence[str], what: str, endpoint: str | None) -> tuple[Storage, list[tuple[str, int]]]:
     """(the directory, sorted (relative path, bytes) in it) of the files that `url` names: one, a folder's, or those of a pattern.
 
     Raises:
         DataError: there are none. StorageError, CredentialsError: they cannot be listed.
     """
     try:
-        directory, found = _find(url, suffixes)
+        directory, found = _find(url, suffixes, endpoint)
     except (StorageError, CredentialsError) as e:
         raise type(e)(f"shard.source.url: {e}") from e
     if not found:
@@ -55,16 +55,16 @@ def find_files(url: str, suffixes: Sequence[str], what: str) -> tuple[Storage, l
     return directory, sorted(found)
 
 
-def _find(url: str, suffixes: Sequence[str]) -> tuple[Storage, list[tuple[str, int]]]:
+def _find(url: str, suffixes: Sequence[str], endpoint: str | None) -> tuple[Storage, list[tuple[str, int]]]:
     wild = re.search(r"[*?\[]", url) if not url.startswith(("http://", "https://")) else None
     if wild is not None:
         base, slash, _ = url[: wild.start()].rpartition("/")
-        directory = Storage(base or slash or ".")
+        directory = Storage(base or slash or ".", endpoint)
         return directory, [(p, s) for p, s in directory.walk(url[len(base + slash) :]) if kind_of(p) in suffixes]
-    whole, (head, _, tail) = Storage(url), url.rpartition("/")
+    whole, (head, _, tail) = Storage(url, endpoint), url.rpartition("/")
     if kind_of(tail) in suffixes and not whole.fs.isdir(whole.path):
         size = _size(whole)
-        return Storage(head or "."), [] if size is None else [(tail, size)]
+        return Storage(head or ".", endpoint), [] if size is None else [(tail, size)]
     return whole, [(p, s) for p, s in whole.walk() if kind_of(p) in suffixes and not any(w[:1] in "._" for w in p.split("/"))]
 
 

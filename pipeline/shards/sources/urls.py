@@ -38,8 +38,8 @@ class TableFiles(Source):
     format = ""
     kinds: Sequence[str] = TABLES
 
-    def __init__(self, url: str, columns: dict[str, str]) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, columns: dict[str, str], endpoint: str | None = None) -> None:
+        super().__init__(url, endpoint)
         self.columns = columns
         self._parts: list[Part] | None = None
 
@@ -52,7 +52,7 @@ class TableFiles(Source):
     def parts(self) -> list[Part]:
         """Of Parquet every footer is read, so that broken files and missing columns are known before anything starts."""
         if self._parts is None:
-            self.storage, files = find_files(self.url, self.kinds, "tables")
+            self.storage, files = find_files(self.url, self.kinds, "tables", self.storage.endpoint)
             parts = each(lambda file: self._part(*file), files)
             first = next((p for p in parts if p.rows is None), None)
             if first is not None:

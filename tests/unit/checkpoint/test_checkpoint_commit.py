@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint import Checkpoints, Commit, Lease, read_history
-from pipeline.checkpoint.commit import FORMAT, check_conditional
+from pipeline.checkpoint.commit import FORMAT
+from pipeline.checkpoint.lease import check_conditional
 from pipeline.checkpoint.retain import Retention, retain, to_keep
 from pipeline.core.errors import CheckpointError, ExitCode, Fenced, StorageError
 from pipeline.core.progress import Event, set_sink

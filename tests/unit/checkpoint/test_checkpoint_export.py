@@ -402,16 +402,16 @@ def status(key):
     return int(line.split()[1]) * 1024
 
 before = status("VmRSS")
-main(["export", *sys.argv[1:], "--to", "hf", "--max-file", "300 MB"], standalone_mode=False)
+main(["export", *sys.argv[1:], "--to", "hf", "--max-file", "150 MB"], standalone_mode=False)
 print(status("VmHWM") - before)
 """
 
 
 def test_memory_holds_a_few_tensors(tmp_path: Path) -> None:
-    """An iGPT of 1.5 GB, of 243 tensors of at most 17 MB, all of whose large ones are transposed on the way."""
+    """An iGPT of 0.8 GB, in tensors of at most 17 MB, all of whose large ones are transposed on the way."""
     with torch.device("meta"):
-        shapes = {n: list(t.shape) for n, t in create("igpt", width=1024, depth=30, heads=8, pixels=32, colors=512).state_dict().items()}
-    options = create("igpt", device="meta", width=1024, depth=30, heads=8, pixels=32, colors=512).options.model_dump(mode="json")
+        shapes = {n: list(t.shape) for n, t in create("igpt", width=1024, depth=15, heads=8, pixels=32, colors=512).state_dict().items()}
+    options = create("igpt", device="meta", width=1024, depth=15, heads=8, pixels=32, colors=512).options.model_dump(mode="json")
     card = ModelCard("igpt", options, "pixels", [], (0.5,) * 3, (0.5,) * 3, "hash", "run-id", 7)
     size, ranks, names = sum(4 * math.prod(s) for s in shapes.values()), 4, list(shapes)
 
@@ -428,10 +428,10 @@ def test_memory_holds_a_few_tensors(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         peak = int(done.stdout.splitlines()[-1])
-        assert size > 1_500_000_000 and len(list((tmp_path / "out").glob("model-*.safetensors"))) == 6
-        assert peak < size / 3, f"{peak / 2**20:.0f} MiB of {size / 2**20:.0f} MiB"
+        assert size > 750_000_000 and len(list((tmp_path / "out").glob("model-*.safetensors"))) == 6
+        assert peak < size / 2, f"{peak / 2**20:.0f} MiB of {size / 2**20:.0f} MiB"
         places = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
-        ours = {f"transformer.h.{i}.mlp.c_fc.weight": f"blocks.{i}.mlp.fc1.weight" for i in (0, 29)}
+        ours = {f"transformer.h.{i}.mlp.c_fc.weight": f"blocks.{i}.mlp.fc1.weight" for i in (0, 14)}
         for theirs, name in ours.items():
             with safe_open(tmp_path / "out" / places[theirs], "pt") as file:
                 assert torch.equal(file.get_tensor(theirs), numbers(name).view(shapes[name]).T)

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.checkpoint import ModelCard
 from pipeline.config.evaluate import Evaluate, FineTune
-from pipeline.config.pretrain import Image
+from pipeline.config.inputs import Image
 from pipeline.core.errors import ConfigError
 from pipeline.core.storage import Storage
 from pipeline.evaluate.features import extract, load_model, logits_of

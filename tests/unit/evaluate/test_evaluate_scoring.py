@@ -30,10 +30,11 @@ from pipeline.evaluate.__main__ import main
 from pipeline.evaluate.scoring import Similarity, check_scores, score_columns, score_dataset
 from pipeline.models import create, formats
 from pipeline.models.clip import CLIP
+from pipeline.preflight import check_config, check_resources
 from pipeline.shards.columns import find_columns
 from pipeline.shards.manifest import Manifest, ShardTable
 from pipeline.shards.rows import Row, read_index, read_rows
-from pipeline.stages import _Stages, check_config, check_resources
+from pipeline.stages import _Stages
 from pipeline.stream import open_dataset
 from pipeline.stream.text import Tokenizer
 from tests.checkpoints import commit_model

@@ -18,8 +18,8 @@ from pipeline.config import parse_config
 from pipeline.config.load import split_words
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.storage import Storage
+from pipeline.preflight import plan_config
 from pipeline.shards.manifest import Manifest
-from pipeline.stages import plan_config
 
 
 @pytest.fixture

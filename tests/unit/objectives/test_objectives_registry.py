@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.pretrain import Best, Image
+from pipeline.config.inputs import Image
+from pipeline.config.pretrain import Best
 from pipeline.core.errors import ConfigError
 from pipeline.models.registry import GIVEN
 from pipeline.objectives import OBJECTIVES, VALIDATION, Facts, check_best, check_mixing, model_options

@@ -8,7 +8,7 @@ import pytest
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import ConfigError
 from pipeline.plan import calibration
-from pipeline.stages import plan_config
+from pipeline.preflight import plan_config
 
 
 def config(device: str, workers: int = 1, **changes: Any) -> Config:

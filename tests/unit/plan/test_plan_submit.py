@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from launch.submit import main
 from pipeline.config import parse_config
-from pipeline.stages import plan_config
+from pipeline.preflight import plan_config
 
 ROOT = Path(__file__).parents[3]
 ENGINES = ("deepspeed", "ray", "mlflow")

@@ -17,14 +17,17 @@ import webdataset as wds
 from PIL import Image
 
 from pipeline.config import Config, parse_config
+from pipeline.config.schema import StorageSection
 from pipeline.core.errors import DataError, InfrastructureError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job, plan, tasks
 from pipeline.shards.deny import DenyList, find_about
 from pipeline.shards.fill import fill_shard
+from pipeline.shards.forecast import forecast
 from pipeline.shards.job import make_dataset
 from pipeline.shards.layout import sample_key
 from pipeline.shards.manifest import Manifest, find_manifest, read_manifest
+from pipeline.shards.sources import check_source
 from pipeline.shards.table import ShardTable
 from pipeline.stream.reader import open_dataset
 from tests.hostile import Hostile, hostile_server
@@ -228,6 +231,39 @@ def test_what_a_dataset_denies_stays_out_of_what_is_made_of_it(
     old.put(tmp_path / "list", "deny/mine.parquet")
     with pytest.raises(DataError, match=r"shard.source.url: .*/part/deny/mine.parquet has no column 'key' \(there: keys\)"):
         job.make_dataset(section, new)
+
+
+@pytest.mark.parametrize("named", ["storage", "source"])
+def test_every_url_of_a_config_is_in_its_store(
+    s3: tuple[str, Callable[[], str]], named: str, web: Hostile, image: bytes, make_dataset: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    """Of an S3-compatible store a config says once where it is: no environment variable is needed. A source can be in another."""
+    endpoint, bucket = s3[0], s3[1]()
+    store = Storage(bucket, endpoint)
+    assert "AWS_ENDPOINT_URL" not in os.environ and "AWS_ENDPOINT_URL_S3" not in os.environ
+    for n in range(6):
+        store.write(f"folder/{'cat' if n % 2 else 'dog'}/{n}.jpg", image)
+    rows = [{"url": web.url(f"good/s3-{n}"), "text": f"{n}"} for n in range(6)]
+    store.put(urls(tmp_path / "urls.parquet", rows), "urls/0.parquet")
+    store.put(urls(tmp_path / "table.parquet", [{"image": image, "text": f"{n}"} for n in range(6)]), "table/0.parquet")
+    make_dataset(store / "tars", {"train": 6})
+    for kind in ("folder", "urls", "table", "tars"):
+        source = {"format": kind, "url": f"{bucket}/{kind}/*.parquet" if kind in ("urls", "table") else f"{bucket}/{kind}"}
+        storage = {"url": bucket, "endpoint": endpoint} if named == "storage" else {"url": str(tmp_path)}
+        source |= {} if named == "storage" else {"endpoint": endpoint}
+        section = parse_config({**config(source, splits={"train": 1.0}).model_dump(mode="json", exclude={"storage"}), "storage": storage})
+        assert section.shard is not None
+        check_source(section.shard, section.storage)
+        assert forecast(section.shard, section.storage).rows == 6 or kind == "tars"
+        directory = Storage(section.storage.url, section.storage.endpoint) / f"out-{kind}"
+        manifest, _ = job.make_dataset(section, directory)
+        assert (manifest.read, manifest.written) == (6, 6)
+
+
+def test_an_endpoint_is_that_of_one_kind_of_store() -> None:
+    storage = StorageSection(url="s3://lab/runs", endpoint="https://s3.lab")
+    assert storage.endpoint_of("s3://other/images") == "https://s3.lab"
+    assert [storage.endpoint_of(url) for url in ("gs://lab/images", "/images", "https://lab/list.parquet")] == [None] * 3
 
 
 def test_a_folder_in_one_range_or_many(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

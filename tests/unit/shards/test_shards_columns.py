@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config import parse_config
 from pipeline.config.data import Bound
-from pipeline.config.pretrain import Cache
+from pipeline.config.inputs import Cache
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards import columns as added

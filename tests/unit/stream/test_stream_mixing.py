@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from pipeline.config.pretrain import Image
+from pipeline.config.inputs import Image
 from pipeline.stream.mixing import Mix, _beta, draw_mix, mixed
 from pipeline.stream.random import Random
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.data import Data
-from pipeline.config.pretrain import Image
+from pipeline.config.inputs import Image
 from pipeline.core.errors import ConfigError
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest

@@ -141,7 +141,7 @@ def test_threads_end_with_the_stream(store: tuple[Storage, FaultyStore]) -> None
 
 def test_a_window_must_fit_the_cache(store: tuple[Storage, FaultyStore]) -> None:
     from pipeline.config.data import Data
-    from pipeline.config.pretrain import Cache
+    from pipeline.config.inputs import Cache
     from pipeline.core.errors import ConfigError
     from pipeline.stream import open_collection
 

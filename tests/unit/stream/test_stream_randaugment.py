@@ -8,7 +8,7 @@ import pytest
 from photographs import photograph
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipeline.config.pretrain import RandAugment
+from pipeline.config.inputs import RandAugment
 from pipeline.stream.randaugment import OPERATIONS, color_jitter, rand_augment
 from pipeline.stream.random import Random
 

@@ -24,7 +24,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from pipeline.config.pretrain import Text
+from pipeline.config.inputs import Text
 from pipeline.core.errors import DataError, StorageError, UserError
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest

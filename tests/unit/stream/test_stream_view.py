@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.data import Bound
-from pipeline.config.pretrain import Cache
+from pipeline.config.inputs import Cache
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards.manifest import Manifest

@@ -24,6 +24,7 @@ class SpoiltOptions(ClassifyOptions):
     micro-batch."""
 
     pause: float = 0.0  # seconds a micro-batch, for a save to end meanwhile
+    paused: tuple[int, int] = (0, 2**31)  # from which micro-batch on, and up to which
     slow: float = 0.0  # seconds a micro-batch, on the last rank alone
     at: tuple[int, ...] = ()
     how: Literal["nan", "inf", "gradient", "high", "steep", "flip"] = "nan"
@@ -34,7 +35,9 @@ class Spoilt(Classify):
     options: SpoiltOptions  # type: ignore[assignment]
 
     def loss(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, Metrics]:
-        time.sleep(self.options.pause + self.options.slow * (dist.get_rank() == dist.get_world_size() - 1))
+        first, end = self.options.paused
+        pause = self.options.pause * (first <= batch.index < end)
+        time.sleep(pause + self.options.slow * (dist.get_rank() == dist.get_world_size() - 1))
         loss, metrics = super().loss(model, batch)
         if batch.index in self.options.at and torch.is_grad_enabled():  # validation counts its batches too
             match self.options.how:

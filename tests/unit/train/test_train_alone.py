@@ -16,7 +16,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     """By number of ranks."""
     shop = Workshop(tmp_path_factory.mktemp("alone"))
     for size in (1, 2):
-        shop.start(size, [str(Path(__file__).with_name("unused.py")), str(shop.root / f"{size}.json")])
+        shop.fork(size, [str(Path(__file__).with_name("unused.py")), str(shop.root / f"{size}.json")])
     return {size: json.loads((shop.root / f"{size}.json").read_text()) for size in (1, 2)}
 
 

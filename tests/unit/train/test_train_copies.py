@@ -28,7 +28,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
 @pytest.fixture(scope="module")
 def tried(shop: Workshop) -> dict[str, Any]:
     results = shop.root / "flips.json"
-    shop.start(3, [str(Path(__file__).with_name("flip.py")), str(shop.root / "config.yaml"), str(results)])
+    shop.fork(3, [str(Path(__file__).with_name("flip.py")), str(shop.root / "config.yaml"), str(results)])
     return json.loads(results.read_text())
 
 
@@ -55,7 +55,7 @@ def test_it_ends_a_run_and_nothing_of_it_is_saved(shop: Workshop) -> None:
 
     def job(name: str, check: str) -> dict[str, Any]:
         return shop.job(
-            name, "pretrain.duration=18 steps", "pretrain.save.every=6 steps", "pretrain.objective={name: spoilt, how: flip, at: [51], pause: 0.2}",
+            name, "pretrain.duration=18 steps", "pretrain.save.every=6 steps", "pretrain.objective={name: spoilt, how: flip, at: [51], pause: 0.2, paused: [30, 60]}",
             f"pretrain.guard.check={check}",
         )  # fmt: skip
 

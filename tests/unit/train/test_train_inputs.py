@@ -20,12 +20,12 @@ from pipeline.core.storage import Storage
 from pipeline.core.world import World
 from pipeline.models import create, formats
 from pipeline.objectives import Facts
+from pipeline.preflight import check_config, check_resources, plan_config
 from pipeline.shards.images import Checked
 from pipeline.shards.layout import sample_key
 from pipeline.shards.manifest import Manifest, publish
 from pipeline.shards.samples import Sample
 from pipeline.shards.writer import write_shard
-from pipeline.stages import check_config, check_resources, plan_config
 from pipeline.stream import Collection, Dataset, open_dataset
 from pipeline.stream.collection import open_collection
 from pipeline.stream.palette import Palette

@@ -36,7 +36,7 @@ def found(shop: Workshop) -> Found:
     """By world size."""
     for size in (1, 2, 3, 4):
         results = str(shop.root / f"{size}.json")
-        shop.start(size, [str(Path(__file__).with_name("mathematics.py")), str(shop.root / "config.yaml"), results], seconds=800)
+        shop.fork(size, [str(Path(__file__).with_name("mathematics.py")), str(shop.root / "config.yaml"), results], seconds=800)
     return {size: json.loads((shop.root / f"{size}.json").read_text()) for size in (1, 2, 3, 4)}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import ConfigError
-from pipeline.stages import check_config
+from pipeline.preflight import check_config
 from pipeline.train.library import check_deepspeed
 from pipeline.train.settings import settings
 

@@ -14,7 +14,8 @@ from pipeline.checkpoint.commit import COMMIT
 from pipeline.config import Config, parse_config
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.storage import Storage
-from pipeline.stages import _open_data, _Stages, check_resources
+from pipeline.preflight import check_resources, open_data
+from pipeline.stages import _Stages
 from tests.checkpoints import commit_model
 
 STEPS = 5  # an epoch: 50 samples, 10 a step
@@ -50,7 +51,7 @@ def damage(run: Run, commit: Commit) -> None:
 def pretrain(run: Run) -> None:
     tracker = run.tracker()
     try:
-        _Stages(run, tracker, "")._pretrain(_open_data(run.config, run.data))
+        _Stages(run, tracker, "")._pretrain(open_data(run.config, run.data))
     finally:
         tracker.close(timeout=10)
 

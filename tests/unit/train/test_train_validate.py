@@ -21,7 +21,7 @@ from pipeline.evaluate.features import extract, load_model
 from pipeline.evaluate.tasks import Task
 from pipeline.evaluate.zeroshot import evaluate_zeroshot
 from pipeline.objectives.scores import mean_captions, nearest_classes
-from pipeline.stages import check_config, check_resources
+from pipeline.preflight import check_config, check_resources
 from pipeline.stream import open_dataset
 
 K, TEMPERATURE = 7, 0.2

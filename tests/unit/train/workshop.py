@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,7 @@ class Workshop:
     def train(self, world_size: int, jobs: list[dict[str, Any]], script: Path | None = None) -> list[list[str] | None]:
         """The error of each job, or None; `script` stands in for drive.py."""
         (self.root / "jobs.json").write_text(json.dumps(jobs))
-        self.start(
+        self.fork(
             world_size, [str(script or Path(__file__).with_name("drive.py")), str(self.root / "jobs.json"), str(self.root / "results.json")]
         )
         results = json.loads((self.root / "results.json").read_text())
@@ -62,24 +65,23 @@ class Workshop:
         return [r["error"] for r in results]
 
     def start(self, world_size: int, arguments: list[str], seconds: int = 300) -> str:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--master-port", str(port), "--nproc-per-node", str(world_size)]
-        known = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        env = {
-            **known, "PYTHONPATH": str(Path(__file__).parents[3]), "TORCH_EXTENSIONS_DIR": str(self.root / "extensions"),
-            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
-        done = subprocess.run(
-            [*torchrun, *arguments] if world_size > 1 else [sys.executable, *arguments],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
+        """By the command that people would use; what it says."""
+        torchrun = [str(Path(sys.executable).parent / "torchrun"), "--master-port", str(_port()), "--nproc-per-node", str(world_size)]
+        command = [*torchrun, *arguments] if world_size > 1 else [sys.executable, *arguments]
+        done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, done.stderr[-5000:]
         return done.stderr
+
+    def fork(self, world_size: int, arguments: list[str], seconds: int = 300) -> None:
+        """A script of the tests, by ranks that need not import what others have."""
+        said = self.root / "said"
+        said.unlink(missing_ok=True)
+        env = self._environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port())}
+        codes = _Nursery.open().ask({"arguments": arguments, "size": world_size, "env": env, "said": str(said)}, seconds)
+        assert not any(codes.values()), f"{codes}\n{said.read_text(errors='replace')[-5000:]}"
+
+    def _environment(self) -> dict[str, str]:
+        return _environment() | {"TORCH_EXTENSIONS_DIR": str(self.root / "extensions")}
 
     def directory(self, name: str) -> Storage:
         return Storage(str(self.root / "runs" / name))
@@ -87,6 +89,44 @@ class Workshop:
     def rows(self, name: str) -> list[dict[str, float]]:
         """The history without what differs from run to run by nature."""
         return [{k: v for k, v in row.items() if not k.startswith(SPEED)} for row in read_history(self.directory(name))]
+
+
+class _Nursery:
+    """The process of `nursery.py`, one for all tests of this one."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("nursery.py"))]
+        self.process = subprocess.Popen(
+            command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    @staticmethod
+    @cache
+    def open() -> _Nursery:
+        return _Nursery()
+
+    def ask(self, group: dict[str, Any], seconds: int) -> dict[str, int]:
+        """Exit codes, by rank; it ends with this process, which holds its input."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{json.dumps(group)}\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], seconds)[0] or not (line := self.process.stdout.readline()):
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            _Nursery.open.cache_clear()
+            raise AssertionError(f"no answer within {seconds} s: {group['said']} may tell more")
+        return json.loads(line)
+
+
+def _environment() -> dict[str, str]:
+    known = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**known, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def close(one: list[dict[str, float]], two: list[dict[str, float]], tolerance: float) -> bool:
