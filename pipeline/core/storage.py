@@ -155,18 +155,17 @@ class Storage:
         with self._explained("list", key):
             return stores.names(self.fs, self._at(key))
 
-    def entries(self) -> list[tuple[str, int | None]]:
-        """Sorted (name, bytes, None of a directory) of what lies directly here; empty where there is no directory."""
-        with self._explained("list", ""):
-            return stores.entries(self.fs, self._at(""))
+    def scan(self, deep: bool = False) -> Iterator[tuple[str, int | None]]:
+        """What `stores.scan` says of this directory; nothing where there is none."""
+        with self._explained("list", ""), suppress(FileNotFoundError):
+            yield from stores.scan(self.fs, self.protocol, self._at(""), deep)
 
     def walk(self, pattern: str | None = None) -> Iterator[tuple[str, int]]:
         """(path relative to this directory, bytes) of every file below it, or of those that fit a pattern (`*/*.csv`), sorted by path."""
         with self._explained("list", ""):
             found = self.fs.glob(f"{self.path}/{pattern}", detail=True) if pattern else self.fs.find(self.path, detail=True)
         root = len(self.fs._strip_protocol(self.path).rstrip("/"))
-        for path in sorted(found):
-            yield path[root:].lstrip("/"), int(found[path].get("size") or 0)
+        yield from ((path[root:].lstrip("/"), int(found[path].get("size") or 0)) for path in sorted(found))
 
     def get(self, key: str, local: Path) -> None:
         with self._explained("read", key):

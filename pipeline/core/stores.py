@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 S3 = ("s3", "s3a")
 _PART, _MOST_PARTS = 50 << 20, 10_000  # of an upload to S3, as s3fs has them where it is told nothing
 _AT_ONCE = 16 << 20  # bytes
+_PAGE = 1000  # names, the most that S3 tells at once
 
 ReadRange = Callable[[int, int], bytes]  # bytes from, and up to
 
@@ -49,13 +51,52 @@ def names(fs: Any, path: str) -> list[str]:
         return []
 
 
-def entries(fs: Any, path: str) -> list[tuple[str, int | None]]:
-    """Sorted (name, bytes, None of a directory) of what lies directly at `path`."""
-    try:
-        found = fs.ls(path, detail=True)
-    except FileNotFoundError:
-        return []
-    return sorted((e["name"].rstrip("/").rsplit("/", 1)[-1], None if e["type"] == "directory" else int(e.get("size") or 0)) for e in found)
+def scan(fs: Any, protocol: str, path: str, deep: bool) -> Iterator[tuple[str, int | None]]:
+    """(name, bytes, None of a directory) of what lies directly at `path`, or where `deep` (path, bytes) of all files below it, in no order.
+    Of files and S3 a page at a time is in memory, of other stores all. Left out are objects that stand for a folder, and directories below
+    that may not be listed. Raises FileNotFoundError."""
+    if protocol in S3:
+        yield from _scan_s3(fs, path, deep)
+    elif protocol in ("file", "local"):
+        yield from _scan_files(fs, path, "", deep)
+    else:
+        root = len(fs._strip_protocol(path).rstrip("/"))
+        for info in fs.find(path, detail=True).values() if deep else fs.ls(path, detail=True):
+            name = info["name"][root:].strip("/")
+            if info["type"] == "directory":
+                yield name, None
+            elif name and not info["name"].endswith("/"):
+                yield name, int(info.get("size") or 0)
+
+
+def _scan_s3(fs: Any, path: str, deep: bool) -> Iterator[tuple[str, int | None]]:
+    bucket, key, _ = fs.split_path(path)
+    prefix = f"{key}/" if key else ""
+    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE} | ({} if deep else {"Delimiter": "/"})
+    while True:
+        told = fs.call_s3("list_objects_v2", **asked)
+        yield from ((found["Prefix"].removeprefix(prefix).rstrip("/"), None) for found in told.get("CommonPrefixes", []))
+        for found in told.get("Contents", []):
+            if not found["Key"].endswith("/"):
+                yield found["Key"].removeprefix(prefix), int(found["Size"])
+        if not told.get("IsTruncated"):
+            return
+        asked["ContinuationToken"] = told["NextContinuationToken"]
+
+
+def _scan_files(fs: Any, path: str, below: str, deep: bool) -> Iterator[tuple[str, int | None]]:
+    """What `fs` tells of each entry, as its own listings do, which hold all of them."""
+    with suppress(NotADirectoryError), os.scandir(path) as found:
+        for entry in found:
+            with suppress(FileNotFoundError):  # it vanished meanwhile
+                info = fs.info(entry)
+                if info["type"] != "directory":
+                    yield below + entry.name, int(info["size"])
+                elif not deep:
+                    yield entry.name, None
+                else:
+                    with suppress(PermissionError):
+                        yield from _scan_files(fs, entry.path, f"{below}{entry.name}/", deep)
 
 
 def part_size(size: int) -> int:

@@ -231,5 +231,6 @@ def _manifest(directory: Storage, options: Options, splits: list[str], sums: _Su
         ignored=sums.ignored,
         dropped=dict(sorted(sums.dropped.items())),
         dropped_samples=sums.named,
+        unnamed=sums.dropped.total() - len(sums.named),
         smallest=sums.smallest,
     )

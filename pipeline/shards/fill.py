@@ -16,11 +16,12 @@ from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.dropped import UNANSWERED, Dropped
 from pipeline.shards.executions import Execution, Published
-from pipeline.shards.manifest import NAMED
+from pipeline.shards.manifest import NAMED, named_each
 from pipeline.shards.pixels import prepare
 from pipeline.shards.samples import Recipe, Sample, make_sample, printable
 from pipeline.shards.shuffle import Rule, first_rows, read_rows
 from pipeline.shards.sources import Item, Source
+from pipeline.shards.spill import Spilt
 from pipeline.shards.writer import write_shard
 
 STAGE = "fill"  # of the job: where shards have their records
@@ -33,7 +34,7 @@ _HEADERS = 2048  # bytes of a sample in a tar beside its members, about
 @dataclass(frozen=True)
 class Filling:
     """What all shards of a job have in common. `share`: tasks that fetch at the same time. `filter_source`: the hash of the filter's source
-    code where the job was begun."""
+    code where the job was begun. `named`: dropped samples that a shard names."""
 
     source: Source
     recipe: Recipe
@@ -41,11 +42,12 @@ class Filling:
     classes: list[str]
     share: int
     filter_source: str | None = None
+    named: int = NAMED
 
     @staticmethod
-    def of(source: Source, shard: Shard, classes: list[str], share: int) -> Filling:
+    def of(source: Source, shard: Shard, classes: list[str], share: int, shards: int = 1) -> Filling:
         code = source_hash("shard.filter", shard.filter) if shard.filter is not None else None
-        return Filling(source, Recipe.of(shard), shard.fetch, classes, share, code)
+        return Filling(source, Recipe.of(shard), shard.fetch, classes, share, code, named_each(shards))
 
     def check(self) -> None:
         """Raises ConfigError where the filter is another on this machine, or has changed meanwhile: shards must not be of both."""
@@ -58,8 +60,8 @@ class Filling:
 
 def fill_shard(name: str, split: str, group: int, row_group: int, filling: Filling, place: Storage, directory: Storage) -> dict[str, Any]:
     """Write the shard `name` and its index (the body of a Ray task). Returns what its record holds: `record` (None: no sample was left),
-    `smallest`, `largest_label`, `dropped` by reason, and `named`, the first `NAMED` of them by file. Another execution may be under way
-    (`executions.py`)."""
+    `smallest`, `largest_label`, `dropped` by reason, and `named`, the first `filling.named` of them by file. Another execution may be
+    under way (`executions.py`)."""
     try:
         with Execution(place, f"{STAGE}/{name}.json", name) as execution:
             return _fill_shard(name, split, group, row_group, filling, place, directory, execution)
@@ -91,15 +93,15 @@ def _fill_shard(
         warnings.filterwarnings("ignore", module="PIL")  # odd metadata; damaged pixels raise
         written = write_shard(directory, name, split, samples, filling.recipe.images.hash)
     drops.sort(key=lambda d: d["file"])
-    result = {"read": len(rows), "dropped": dict(dropped), "named": drops[:NAMED]}
+    result = {"read": len(rows), "dropped": dict(dropped), "named": drops[: filling.named]}
     if written is None:
         return {**result, "record": None, "smallest": [0, 0], "largest_label": -1}
     return {**result, "record": asdict(written.record), "smallest": list(written.smallest), "largest_label": written.largest_label}
 
 
-def probe_rows(name: str, spills: list[str], rule: Rule, filling: Filling, place: Storage) -> dict[str, Any]:
+def probe_rows(name: str, spilt: Spilt, rule: Rule, filling: Filling, place: Storage) -> dict[str, Any]:
     """What some of the rows come to as samples, for `rows_of_shard` (the body of a Ray task)."""
-    rows = first_rows(spills, PROBED, rule, place)
+    rows = first_rows(spilt, PROBED, rule, place)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         samples = [sample for _, sample in _made(rows, filling) if isinstance(sample, Sample)]

@@ -9,7 +9,6 @@ A shard of which no sample is left is not written, and its number stays free.
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ from pipeline.core.storage import Storage
 from pipeline.shards.dropped import DENIED
 from pipeline.shards.executions import find_mixed
 from pipeline.shards.fill import STAGE, Filling, fill_shard
-from pipeline.shards.manifest import NAMED, Manifest, ShardRecord, dataset_hash, find_manifest, publish
+from pipeline.shards.manifest import Manifest, ShardRecord, dataset_hash, find_manifest, first_named, publish
 from pipeline.shards.plan import Header, Plan, Planner
 from pipeline.shards.records import EARLIER, run_recorded
 from pipeline.shards.samples import printable
@@ -157,8 +156,7 @@ class _Filled:
         self.read += result["read"]
         self.new_read += result["read"] * is_new
         self.dropped.update(result["dropped"])
-        if result["named"]:
-            self.named = heapq.nsmallest(NAMED, self.named + result["named"], key=lambda d: d["file"])
+        self.named = first_named(self.named, result["named"])
         if result["record"] is not None:
             self.records.append(ShardRecord(**result["record"]))
             self.bytes += self.records[-1].bytes
@@ -185,7 +183,7 @@ def _fill_whole(shard: Shard, source: Source, plan: Plan, place: Storage, direct
 
 def _fill(shard: Shard, source: Source, plan: Plan, place: Storage, directory: Storage, workers: int) -> _Filled:
     filled, tally = _Filled(), progress.Tally()
-    shared = (Filling.of(source, shard, plan.header.classes, workers), place, directory)
+    shared = (Filling.of(source, shard, plan.header.classes, workers, len(plan)), place, directory)
 
     for result in run_recorded("shard", "images", STAGE, fill_shard, plan.jobs, shared, place, workers, tally.told):
         before = filled.bytes
@@ -211,8 +209,9 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
         if count == 0:
             raise DataError(f"shard.splits.{split}: all of its images were dropped (of the whole source: {reasons})")
     shards = ([*ShardTable(directory, version=found.version)] if found else []) + new.records
-    named = heapq.nsmallest(NAMED, [*header.named, *new.named, *_still_dropped(found)], key=lambda d: d["file"])
+    named = first_named(header.named, [*new.named, *_still_dropped(found)])
     smallest = new.smallest if found is None else (min(new.smallest[0], found.smallest[0]), min(new.smallest[1], found.smallest[1]))
+    dropped += before
     most = max(new.largest_label + 1, len(found.classes) if found else 0)
     manifest = Manifest(
         hash=dataset_hash(shards),
@@ -226,8 +225,9 @@ def _summarise(shard: Shard, plan: Plan, new: _Filled, found: Manifest | None, d
         written=sum(splits.values()),
         decoded=shard.images.check == "decode",
         ignored=header.ignored,
-        dropped=dict(sorted((dropped + before).items())),
+        dropped=dict(sorted(dropped.items())),
         dropped_samples=named,
+        unnamed=dropped.total() - len(named),
         smallest=smallest,
         version=header.version,
     )

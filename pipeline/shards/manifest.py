@@ -14,6 +14,7 @@ manifest-v1.json, shards-v1.parquet, ..; a later version has all shards of the e
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
 from dataclasses import asdict, dataclass
@@ -55,6 +56,24 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
+def named_each(pieces: int) -> int:
+    """Dropped samples that each piece of a job names, of which the first `NAMED` of all get into the manifest. Of many pieces each names
+    fewer, for all of them pass through one process; so above 100 pieces the manifest may leave out a name that would be among the first."""
+    return max(10, min(NAMED, 100 * NAMED // max(1, pieces)))
+
+
+def first_named(named: list[dict[str, str]], more: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The first `NAMED` by file, of those that were the first before and of `more`."""
+    if len(named) == NAMED:
+        more = [d for d in more if _in_turn(d) < _in_turn(named[-1])]
+    return heapq.nsmallest(NAMED, named + more, key=_in_turn) if more else named
+
+
+def _in_turn(told: dict[str, str]) -> tuple[str, str, str]:
+    """One file may be dropped twice, as several rows: who comes first must not depend on whose task ended first."""
+    return told["file"], told["reason"], told["detail"]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """`read` = `written` + the sum of `dropped`; `ignored` files were no images and are outside `read`."""
@@ -69,11 +88,12 @@ class Manifest:
     written: int
     ignored: int
     dropped: dict[str, int]  # by reason
-    dropped_samples: list[dict[str, str]]  # the first of them, each {file, reason, detail}
+    dropped_samples: list[dict[str, str]]  # some of them, by file, each {file, reason, detail}
     smallest: tuple[int, int] = (0, 0)  # least width and least height of any sample
     decoded: bool = False  # each image was decoded as a whole before it was written; of adopted tars only headers were read
     version: int = 1
     format: int = FORMAT
+    unnamed: int = 0  # how many more were dropped than `dropped_samples` names
 
 
 def table_bytes(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:

@@ -1,7 +1,7 @@
 """The plan of a version: which rows make which shard. Made once, kept until the version is published, so that a killed job goes on.
 
 <dataset>/.plan/v<N>/begun.json    what it is the plan of
-                     listed/ ..    rows on their way (`shuffle.py`), and a record of each piece of work (`records.py`)
+                     listed/, divided/ ..  rows on their way (`shuffle.py`), and a record of each piece of work (`records.py`)
                      rows/         the rows of each shard: a file a range, a row group a shard
                      plan.parquet  one row a shard; last
                      fill/         a record of each shard that is written
@@ -10,36 +10,41 @@
 
 from __future__ import annotations
 
-import heapq
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.shard import Shard
 from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
+from pipeline.shards.division import Division, even_bounds, source_bounds
 from pipeline.shards.fill import PROBED, Filling, probe_rows, rows_of_shard
 from pipeline.shards.layout import shard_name
-from pipeline.shards.manifest import NAMED
-from pipeline.shards.records import run_recorded
-from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, group_bounds, list_rows, settle_rows
+from pipeline.shards.listing import list_rows
+from pipeline.shards.manifest import first_named, named_each
+from pipeline.shards.records import Job, Result, run_recorded
+from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, divide_rows, settle_rows
 from pipeline.shards.sources import Part, Source
+from pipeline.shards.spill import Spilt
 
-GROUP_ROWS = 500_000  # of a range, about: a task that sorts it takes 0.6 GB
-CHUNK = 100_000  # rows that a task gathers before it writes them
-_PIECE_ROWS, _PIECE_PARTS = 500_000, 100  # that one task lists
+GROUP_ROWS = 500_000  # of a range, about
+CHUNK = 100_000  # rows that a task gathers before it compresses them
+SPILL_BYTES = 1 << 28  # of rows in a file on their way, before they are compressed
+PIECE_ROWS, PIECE_PARTS = 500_000, 100  # that one task lists
 _FILE = "plan.parquet"
 _SCHEMA = pa.schema(
     [("split", pa.string()), ("number", pa.int64()), ("group", pa.int32()), ("row_group", pa.int32()), ("rows", pa.int64())]
 )
-_ON_THE_WAY = ("listed", "settled", "list", "settle", "arrange", "probe")
+_FORM = 2  # of what lies here while it is made: what a job of another release began is begun anew
+_STAGES = ("list", "divide", "settle", "arrange", "probe")
+_ON_THE_WAY = ("listed", "divided", "settled")
 
 
 @dataclass(frozen=True)
@@ -103,17 +108,31 @@ def number_shards(shards: dict[int, list[list[Any]]], firsts: dict[str, int]) ->
     return pa.table(columns, schema=_SCHEMA)
 
 
-def pieces(parts: list[Part], rows: int = _PIECE_ROWS) -> Iterator[tuple[int, tuple[str, int, list[Part]]]]:
+def pieces(parts: list[Part], rows: int = PIECE_ROWS) -> Iterator[tuple[int, tuple[str, int, list[Part]]]]:
     """Neighbouring parts for one task each: (how many, (name, number of the first, parts))."""
     first, taken, weight = 0, list[Part](), 0
     for part in parts:
         taken.append(part)
         weight += part.rows if part.rows is not None else part.bytes // 100
-        if weight >= rows or len(taken) >= _PIECE_PARTS:
+        if weight >= rows or len(taken) >= PIECE_PARTS:
             yield len(taken), (f"{first:08d}", first, taken)
             first, taken, weight = first + len(taken), [], 0
     if taken:
         yield len(taken), (f"{first:08d}", first, taken)
+
+
+def moves(stage: str, spills: list[tuple[str, int]], division: Division, size: int) -> Iterator[Job]:
+    """What `divide_rows` does with files, of each (name, bytes of rows): a job takes a piece of so many that it has `size` bytes, about."""
+    batches, weight = [list[str]()], 0
+    for name, length in spills:
+        if weight >= size * division.pieces:
+            batches.append([])
+            weight = 0
+        batches[-1].append(name)
+        weight += length
+    for piece in range(division.pieces):
+        for number, names in enumerate(batches):
+            yield 1, (f"{stage}-{piece:05d}-{number:05d}", piece, names)
 
 
 class Planner:
@@ -123,31 +142,33 @@ class Planner:
     def __init__(self, shard: Shard, source: Source, header: Header, rows: int, earlier: Earlier, place: Storage, workers: int) -> None:
         self.shard, self.source, self.header, self.earlier, self.place = shard, source, header, earlier, place
         self.workers = workers
-        self.groups = max(1, -(-rows // GROUP_ROWS))
-        self.rule = Rule(shard.splits, shard.size, shard.samples, shard.samples is not None, shard.shuffle, self.groups, CHUNK)
+        self.division = Division.into(max(1, -(-rows // GROUP_ROWS)))
+        named = named_each(self.division.count)
+        self.rule = Rule(shard.splits, shard.size, shard.samples, shard.samples is not None, shard.shuffle, CHUNK, SPILL_BYTES, named)
 
     def plan(self, firsts: dict[str, int]) -> Plan:
         """Raises as the source does, and DataError where a split of a first version would get no rows."""
         header, found = self.header, find_plan(self.place)
         if found is not None and (found.header.config, found.header.source) == (header.config, header.source):
             return found  # rows that the source has now and had not then are for the next version
-        begun = json.dumps([header.config, header.source, header.stamp, self.groups])
+        begun = json.dumps([_FORM, header.config, header.source, header.stamp, self.division.count])
         if self._begun() != begun:
             self.place.remove()
             self.place.write("begun.json", begun.encode())
-        parts = self.source.parts()
-        counts, ignored, names, spills = self._list(parts)
+        marks, ignored, names, spills = self._list(self.source.parts())
         classes = header.classes + [c for c in names if c not in set(header.classes)]
-        rows = int(counts.sum())
-        rows_a_shard = self._rows_of_shard(rows, spills, classes)
+        rows, size = sum({part: rows for part, rows, _ in marks}.values()), sum(size for *_, size in marks)
+        division = self.division.for_bytes(size)
+        spilt = self._divide("listed", spills, division)
+        rows_a_shard = self._rows_of_shard(rows, spilt, classes)
         measured = rows_a_shard if rows > PROBED else self.header.rows_a_shard  # of so few rows nothing was
-        shards, header = self._arrange(counts, spills, rows_a_shard)
+        shards, header = self._arrange(marks, spilt, division, rows_a_shard)
         plan = Plan(
             Header(**{**asdict(header), "ignored": ignored, "classes": classes, "rows_a_shard": measured}),
             number_shards(shards, firsts),
         )
         plan.save(self.place)
-        for stage in _ON_THE_WAY:
+        for stage in (*_ON_THE_WAY, *_STAGES):
             self.place.remove(stage)
         return plan
 
@@ -157,21 +178,34 @@ class Planner:
         except FileNotFoundError:
             return ""
 
-    def _list(self, parts: list[Part]) -> tuple[np.ndarray, int, list[str], list[str]]:
-        """Rows of each part, files that are ignored, names of classes, and the files of rows."""
-        counts, ignored = np.zeros(len(parts), dtype=np.int64), 0
-        names, spills = set[str](), list[str]()
-        shared = (self.source, self.rule, self.place)
-        done = run_recorded("list", "parts", "list", list_rows, lambda: pieces(parts), shared, self.place, self.workers)
-        for result in done:
-            for number, count in result["rows"].items():
-                counts[int(number)] = count
+    def _run(
+        self, label: str, unit: str, stage: str, body: Callable[..., Result], jobs: Callable[[], Iterable[Job]], *shared: Any
+    ) -> Iterator[Result]:
+        return run_recorded(label, unit, stage, body, jobs, (*shared, self.place), self.place, self.workers)
+
+    def _list(self, parts: list[Part]) -> tuple[list[list[int]], int, list[str], list[tuple[str, int]]]:
+        """Marks (`source_bounds`), files that are ignored, names of classes, and the files of rows with their bytes."""
+        marks, ignored = list[list[int]](), 0
+        names, spills = set[str](), list[tuple[str, int]]()
+        for result in self._run("list", "parts", "list", list_rows, lambda: pieces(parts), self.source, self.rule, self.division):
+            marks += result["marks"]
             ignored += result["ignored"]
             names.update(result["classes"])
-            spills += result["spills"]
-        return counts, ignored, sorted(names), sorted(spills)
+            spills += map(tuple, result["spills"])
+        return sorted(marks), ignored, sorted(names), sorted(spills)
 
-    def _rows_of_shard(self, rows: int, spills: list[str], classes: list[str]) -> int | None:
+    def _divide(self, stage: str, spills: list[tuple[str, int]], division: Division) -> Spilt:
+        """Where the rows of each range are; where the pieces of files are wider, after a pass that brings them there."""
+        if division.width == 1:
+            return Spilt([[name for name, _ in spills]], division.count)
+        jobs = partial(moves, stage, spills, division, SPILL_BYTES)
+        files: list[list[str]] = [[] for _ in range(division.pieces)]
+        for result in self._run("divide", "files", "divide", divide_rows, jobs, division):
+            files[result["piece"]].append(result["spill"])
+        self.place.remove(stage)
+        return Spilt([sorted(found) for found in files], division.width)
+
+    def _rows_of_shard(self, rows: int, spilt: Spilt, classes: list[str]) -> int | None:
         """None: bytes are known, and decide."""
         if self.shard.samples is not None or self.header.rows_a_shard is not None:
             return self.shard.samples or self.header.rows_a_shard
@@ -180,33 +214,35 @@ class Planner:
         if rows <= PROBED:
             return PROBED
         filling = Filling.of(self.source, self.shard, classes, 1)
-        shared = (spills, self.rule, filling, self.place)
-        (probed,) = run_recorded("probe", "rows", "probe", probe_rows, lambda: [(PROBED, ("probe",))], shared, self.place, 1)
+        (probed,) = self._run("probe", "rows", "probe", probe_rows, lambda: [(PROBED, ("probe",))], spilt, self.rule, filling)
         return rows_of_shard(probed, self.shard.size)
 
-    def _arrange(self, counts: np.ndarray, spills: list[str], rows_a_shard: int | None) -> tuple[dict[int, list[list[Any]]], Header]:
-        rule = replace(self.rule, rows=rows_a_shard)
-        is_hashed = rule.shuffle and not self.source.in_blocks
-        bounds = None if is_hashed else group_bounds(self.groups, None if rule.shuffle else counts)
+    def _arrange(
+        self, marks: list[list[int]], spilt: Spilt, division: Division, rows_a_shard: int | None
+    ) -> tuple[dict[int, list[list[Any]]], Header]:
+        rule, onward = replace(self.rule, rows=rows_a_shard), None
+        if not rule.shuffle or self.source.in_blocks:
+            bounds = even_bounds(division.count) if rule.shuffle else source_bounds(marks, division.count)
+            onward = Division.into(len(bounds), bounds)
         shards: dict[int, list[list[Any]]] = {}
-        read, dropped, named = 0, Counter[str](), list[dict[str, str]]()
+        read, dropped, named, spills = 0, Counter[str](), list[dict[str, str]](), list[tuple[str, int]]()
 
-        def jobs(stage: str) -> list[tuple[int, tuple[str, int]]]:
-            return [(1, (f"{stage}-{group:05d}", group)) for group in range(self.groups)]
+        def jobs(stage: str, count: int) -> list[Job]:
+            return [(1, (f"{stage}-{group:05d}", group)) for group in range(count)]
 
-        shared: tuple[Any, ...] = (spills, bounds, rule, self.earlier, self.place)
-        for result in run_recorded("plan", "ranges", "settle", settle_rows, lambda: jobs("settle"), shared, self.place, self.workers):
+        settle = partial(jobs, "settle", division.count)
+        for result in self._run("plan", "ranges", "settle", settle_rows, settle, spilt, division, onward, rule, self.earlier):
             shards[result["group"]] = result["shards"]
             read += result["read"]
             dropped.update(result["dropped"])
-            named = heapq.nsmallest(NAMED, named + result["named"], key=lambda d: d["file"])
-        if not is_hashed:
-            shared = ([f"settled/settle-{group:05d}" for group in range(self.groups)], rule, rule.shuffle, self.place)
-            for result in run_recorded(
-                "arrange", "ranges", "arrange", arrange_rows, lambda: jobs("arrange"), shared, self.place, self.workers
-            ):
+            named = first_named(named, result["named"])
+            spills += [tuple(result["spill"])] if result["spill"] else []
+        if onward is not None:
+            spilt = self._divide("settled", sorted(spills), onward)
+            arrange = partial(jobs, "arrange", onward.count)
+            for result in self._run("arrange", "ranges", "arrange", arrange_rows, arrange, spilt, rule, rule.shuffle):
                 shards[result["group"]] = result["shards"]
-        header = replace(self.header, groups=self.groups, read=read, dropped=dict(sorted(dropped.items())), named=named)
+        header = replace(self.header, groups=division.count, read=read, dropped=dict(sorted(dropped.items())), named=named)
         self._check_splits({split for part in shards.values() for split, *_ in part}, read)
         return shards, header
 

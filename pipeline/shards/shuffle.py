@@ -1,21 +1,29 @@
-"""The rows of a source, told apart, split, shuffled and cut into shards: in three passes over rows, none of which holds many.
+"""The rows of a source, told apart, split, shuffled and cut into shards: in passes over rows, none of which holds many.
 
-    list     each part of the source ──▶ its rows by ranges of a hash of their keys (`spill.py`)
+    list     each part of the source ──▶ its rows by ranges of a hash of their keys (`listing.py`)
     settle   each range: rows that earlier versions have go, the first of those with one key stays, lost ones are counted
              └─ in the order of that hash already ──▶ cut into shards
              └─ in another order (blocks of rows, or the source's own) ──▶ ranges of that order
     arrange  each of these ranges ──▶ cut into shards
 
-A range has about half a million rows, so its task stays under a gigabyte. Its rows become a Parquet file, a row group a shard. A shard
-never reaches over two ranges: the last one of each range and split is smaller.
+A range has about half a million rows, and 448 MiB of them at most (`division.py`), so its task stays under 1.5 GiB. Its rows become a
+Parquet file, a row group a shard. A shard never reaches over two ranges: the last one of each range and split is smaller.
+
+Where there are many ranges, a file that had all of them would have a few rows of each, and each range would be read out of every file. So
+files have wider pieces at first, as many as the root of the number of ranges, and another pass goes before `settle`, and before `arrange`:
+
+    divide   a piece out of as many files as give a full one ──▶ a file of the ranges in it
 """
 
 from __future__ import annotations
 
+import heapq
 import io
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +32,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.storage import Storage
-from pipeline.shards.layout import cut_by_bytes, cut_by_rows, group_of, key_order, planned_bytes, sample_key, split_of
-from pipeline.shards.manifest import NAMED
+from pipeline.shards.division import ROW_BYTES, Division
+from pipeline.shards.layout import cut_by_bytes, cut_by_rows, split_of
 from pipeline.shards.ranges import Ranges
-from pipeline.shards.sources.base import Ignored, Item, Lost, Part, Source, printable
-from pipeline.shards.spill import read_group, write_spill
+from pipeline.shards.sources.base import Item, printable
+from pipeline.shards.spill import SpillWriter, Spilt, read_range
 from pipeline.shards.withdrawn import is_denied, keep_withdrawn
 
-PARTS_BIT = 40  # a row's place in the source: its part's number above, its number in the part below
-_CHUNK_BYTES = 1 << 26  # of rows as JSON, that a task gathers before it writes them
 ROWS = pa.schema(
     [
         ("hash", pa.uint64()),  # of the key
@@ -45,6 +51,7 @@ ROWS = pa.schema(
     ]
 )
 KNOWN = pa.schema([("key", pa.string())])
+_PLANNED = pa.schema([("key", pa.string()), ("item", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ class Rule:
     rows: int | None
     exact: bool
     shuffle: bool
-    groups: int
-    chunk: int  # rows that a task gathers before it writes them
+    chunk: int  # rows that a task gathers before it compresses them
+    spill: int  # bytes of rows that make a file on their way
+    named: int  # lost rows that a range names
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,15 @@ class Earlier:
 
     places: list[tuple[Storage, int]] = field(default_factory=list)
 
-    def keys(self, group: int, groups: int) -> pa.Array:
-        found = [pa.array([], pa.string())]
+    def known(self, keys: pa.Array, group: int, groups: int) -> np.ndarray:
+        """Which of the keys of a range of hashes an earlier version has: bool (keys,). Holds one file at a time: there may be far more of
+        them than this version has ranges."""
+        found = np.zeros(len(keys), dtype=bool)
         for place, count in self.places:
             for other in range(group * count // groups, min(count, -(-(group + 1) * count // groups))):
-                found.append(pq.read_table(io.BytesIO(place.read(known_name(other)))).column("key").combine_chunks())
-        return pa.concat_arrays([f.combine_chunks() if isinstance(f, pa.ChunkedArray) else f for f in found])
+                theirs = pq.read_table(io.BytesIO(place.read(known_name(other))))["key"]
+                found |= pc.is_in(keys, value_set=theirs).to_numpy(zero_copy_only=False)
+        return found
 
 
 def known_name(group: int) -> str:
@@ -82,154 +93,141 @@ def rows_name(group: int) -> str:
     return f"rows/{group:05d}.parquet"
 
 
-# Pass 1
+# Divide
 
 
-def list_rows(name: str, first: int, parts: list[Part], source: Source, rule: Rule, place: Storage) -> dict[str, Any]:
-    """Write the rows of some parts, of which `first` is the number of the first one, to files of their own (the body of a Ray task)."""
-    rows, ignored, classes, spills = dict[str, int](), 0, set[str](), list[str]()
-    gathered = _Gathered()
-    for number, part in enumerate(parts, first):
-        count = 0
-        for row in source.rows(part):
-            if isinstance(row, Ignored):
-                ignored += row.count
-                continue
-            position = number << PARTS_BIT | count
-            count += 1
-            if isinstance(row, Item) and row.class_name is not None:
-                classes.add(row.class_name)
-            gathered.add(row, position, source, rule)
-            if len(gathered) >= rule.chunk or gathered.bytes >= _CHUNK_BYTES:
-                spills.append(gathered.write(place, f"listed/{name}-{len(spills)}", rule))
-        rows[str(number)] = count
-    if len(gathered):
-        spills.append(gathered.write(place, f"listed/{name}-{len(spills)}", rule))
-    return {"rows": rows, "ignored": ignored, "classes": sorted(classes), "spills": spills}
+def divide_rows(name: str, piece: int, spills: list[str], division: Division, place: Storage) -> dict[str, Any]:
+    """Write a piece of some files, of one file's size together, as a file of the ranges in it (the body of a Ray task)."""
+    table = read_range(place, spills, piece, ROWS)
+    file, ranges = SpillWriter(len(division.local(piece))), division.local(piece)
+    file.add(table, division.of(table) - ranges.start)
+    del table
+    file.write(place, f"divided/{name}")
+    return {"piece": piece, "spill": f"divided/{name}"}
 
 
-class _Gathered:
-    def __init__(self) -> None:
-        self._clear()
-
-    def _clear(self) -> None:
-        self._columns: dict[str, list[Any]] = {name: [] for name in ROWS.names}
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._columns["key"])
-
-    def add(self, row: Item | Lost, position: int, source: Source, rule: Rule) -> None:
-        if isinstance(row, Lost):
-            item, lost = Item(row.path, 0, extra={"detail": row.detail}), row.reason
-        else:
-            item, lost = row, None
-        key = sample_key(item.identity)
-        hashed = key_order(key)
-        order = position if not rule.shuffle else source.order(item, hashed) if lost is None else hashed
-        text = item.encode()
-        for name, value in zip(ROWS.names, (hashed, order, position, key, planned_bytes(item), lost, text), strict=True):
-            self._columns[name].append(value)
-        self.bytes += len(text)
-
-    def write(self, place: Storage, name: str, rule: Rule) -> str:
-        table = pa.table([self._columns[n] for n in ROWS.names], schema=ROWS)
-        self._clear()
-        write_spill(place, name, table, group_of(table["hash"].to_numpy(), rule.groups), rule.groups)
-        return name
-
-
-# Pass 2
+# Settle
 
 
 def settle_rows(
-    name: str, group: int, spills: list[str], bounds: list[int] | None, rule: Rule, earlier: Earlier, place: Storage
+    name: str, group: int, spilt: Spilt, division: Division, onward: Division | None, rule: Rule, earlier: Earlier, place: Storage
 ) -> dict[str, Any]:
-    """Which rows of a range of hashes stay, and where they go (the body of a Ray task). `bounds`: where ranges of another order begin;
-    None: the order is that of the hashes."""
-    table = read_group(place, spills, group, ROWS)
-    known = earlier.keys(group, rule.groups)
-    if len(known):
-        is_known = pc.is_in(table["key"], value_set=known)
-        keep_withdrawn(place, group, table.filter(pc.and_(is_known, is_denied(table["lost"])))["key"])
-        table = table.filter(pc.invert(is_known))
-    table = table.sort_by([("hash", "ascending"), ("key", "ascending"), ("position", "ascending")]).combine_chunks()
-    keys = table["key"].combine_chunks() if isinstance(table["key"], pa.ChunkedArray) else table["key"]
-    is_again = np.zeros(len(table), dtype=bool)
-    if len(table) > 1:
+    """Which rows of a range of hashes stay, and where they go (the body of a Ray task). `onward`: ranges of another order; None: the order
+    is that of the hashes."""
+    rows = _Rows.read(spilt, place, group)
+    order = rows.sorted([("hash", "ascending"), ("key", "ascending"), ("position", "ascending")])
+    is_known = pa.array(earlier.known(order["key"].combine_chunks(), group, division.count))
+    keep_withdrawn(place, group, order.filter(pc.and_(is_known, is_denied(order["lost"])))["key"])
+    order = order.filter(pc.invert(is_known))
+    is_again = np.zeros(len(order), dtype=bool)
+    if len(order) > 1:
+        keys = order["key"].combine_chunks()
         is_again[1:] = pc.equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
-    again, table = table.filter(pa.array(is_again)), table.filter(pa.array(~is_again))
+    again, order = order.filter(pa.array(is_again)), order.filter(pa.array(~is_again))
     # What is denied is looked at again by the next version.
-    _write_parquet(place, known_name(group), KNOWN, [table.filter(pc.invert(is_denied(table["lost"]))).select(KNOWN.names)])
-    named = [_named(text, "duplicate-key", "another row has the same key, and comes first") for text in _first(again)]
+    _write_parquet(place, known_name(group), KNOWN, iter([order.filter(pc.invert(is_denied(order["lost"]))).select(KNOWN.names)]))
+    is_lost = pc.is_valid(order["lost"])
+    lost, order = order.filter(is_lost), order.filter(pc.invert(is_lost))
     dropped = Counter({"duplicate-key": len(again)} if len(again) else {})
-    is_lost = pc.is_valid(table["lost"])
-    lost, table = table.filter(is_lost), table.filter(pc.invert(is_lost))
     dropped.update(lost["lost"].to_pylist())
-    for reason, text in zip(lost["lost"].to_pylist(), lost["item"].to_pylist(), strict=True):
-        named.append(_named(text, reason, str(Item.decode(text).extra["detail"])))
     result = {
         "group": group,
-        "read": len(table) + dropped.total(),
+        "read": len(order) + dropped.total(),
         "dropped": dict(dropped),
-        "named": sorted(named, key=lambda d: d["file"])[:NAMED],
+        "named": heapq.nsmallest(rule.named, _named(rows, again, lost, rule.named), key=lambda d: d["file"]),
     }
-    if bounds is None:
-        return {**result, "shards": _cut(table, group, rule, False, place)}
-    groups = np.searchsorted(np.array(bounds, dtype=np.uint64), table["order"].to_numpy(), side="right") - 1
-    write_spill(place, f"settled/{name}", table, groups.astype(np.int64), rule.groups)
-    return {**result, "shards": []}
+    if onward is None:
+        return {**result, "spill": None, "shards": _cut(rows, order, group, rule, False, place)}
+    file, groups = SpillWriter(onward.pieces), onward.of(order) // onward.width
+    file.add(rows.table, groups, order["row"].to_numpy())
+    file.write(place, f"settled/{name}")
+    return {**result, "spill": [f"settled/{name}", rows.bytes(order)], "shards": []}
 
 
-def first_rows(spills: list[str], count: int, rule: Rule, place: Storage) -> list[tuple[str, Item]]:
-    """(key, item) of `count` rows of the source, chosen by the hashes of their keys, and nearest each other in the order of shards."""
-    table = read_group(place, spills, 0, ROWS)
-    table = table.filter(pc.is_null(table["lost"])).sort_by([("order" if rule.shuffle else "hash", "ascending"), ("key", "ascending")])
-    table = table.slice(0, count)
-    return list(zip(table["key"].to_pylist(), map(Item.decode, table["item"].to_pylist()), strict=True))
+@dataclass(frozen=True)
+class _Rows:
+    """A range in memory. What is long of it, the items, is never copied as a whole: rows are sorted and left out by their numbers."""
+
+    table: pa.Table
+
+    @staticmethod
+    def read(spilt: Spilt, place: Storage, group: int) -> _Rows:
+        return _Rows(spilt.read(place, group, ROWS))
+
+    def sorted(self, by: list[tuple[str, str]]) -> pa.Table:
+        """All columns but the items, and `row`, the number by which `items` has the rest."""
+        numbers = pa.array(np.arange(len(self.table)))
+        return self.table.drop_columns("item").append_column("row", numbers).sort_by(by).combine_chunks()
+
+    def items(self, rows: pa.Table) -> pa.ChunkedArray:
+        return self.table["item"].take(rows["row"])
+
+    def bytes(self, rows: pa.Table) -> int:
+        return len(rows) * ROW_BYTES + int(pc.sum(pc.binary_length(self.table["item"])).as_py() or 0)
 
 
-def _first(again: pa.Table) -> list[str]:
-    return again["item"].slice(0, NAMED).to_pylist()
+def _named(rows: _Rows, again: pa.Table, lost: pa.Table, most: int) -> Iterator[dict[str, str]]:
+    for text in rows.items(again.slice(0, most)).to_pylist():
+        yield _told(text, "duplicate-key", "another row has the same key, and comes first")
+    for batch in lost.to_batches(max_chunksize=4096):
+        part = pa.Table.from_batches([batch])
+        for reason, text in zip(part["lost"].to_pylist(), rows.items(part).to_pylist(), strict=True):
+            yield _told(text, reason, str(Item.decode(text).extra["detail"]))
 
 
-def _named(text: str, reason: str, detail: str) -> dict[str, str]:
+def _told(text: str, reason: str, detail: str) -> dict[str, str]:
     return {"file": printable(Item.decode(text).path), "reason": reason, "detail": printable(detail)}
 
 
-# Pass 3
+def first_rows(spilt: Spilt, count: int, rule: Rule, place: Storage) -> list[tuple[str, Item]]:
+    """(key, item) of `count` rows of the source, chosen by the hashes of their keys, and nearest each other in the order of shards."""
+    rows = _Rows.read(spilt, place, 0)
+    order = rows.sorted([("order" if rule.shuffle else "hash", "ascending"), ("key", "ascending")])
+    order = order.filter(pc.is_null(order["lost"])).slice(0, count)
+    return list(zip(order["key"].to_pylist(), map(Item.decode, rows.items(order).to_pylist()), strict=True))
 
 
-def arrange_rows(name: str, group: int, spills: list[str], rule: Rule, mixed: bool, place: Storage) -> dict[str, Any]:
+# Arrange
+
+
+def arrange_rows(name: str, group: int, spilt: Spilt, rule: Rule, mixed: bool, place: Storage) -> dict[str, Any]:
     """Cut a range of an order into shards (the body of a Ray task). `mixed`: within each its rows are shuffled."""
-    table = read_group(place, spills, group, ROWS)
-    return {"group": group, "shards": _cut(table.sort_by([("order", "ascending"), ("key", "ascending")]), group, rule, mixed, place)}
+    rows = _Rows.read(spilt, place, group)
+    return {"group": group, "shards": _cut(rows, rows.sorted([("order", "ascending"), ("key", "ascending")]), group, rule, mixed, place)}
 
 
-def _cut(table: pa.Table, group: int, rule: Rule, mixed: bool, place: Storage) -> list[list[Any]]:
-    """Write the rows of shards; (split, rows, bytes) of each."""
-    shards, written = list[list[Any]](), list[pa.Table]()
-    keys = table["key"].to_pylist() if len(rule.splits) > 1 else []
-    splits = np.array([split_of(key, rule.splits) for key in keys] if keys else [next(iter(rule.splits))] * len(table))
-    for split in sorted(rule.splits):
-        part = table.filter(pa.array(splits == split)) if len(table) else table
-        sizes = part["bytes"].to_numpy()
-        for cut in cut_by_bytes(sizes, rule.size) if rule.rows is None else cut_by_rows(len(part), rule.rows, not rule.exact):
-            rows = part.slice(cut.start, cut.stop - cut.start)
-            written.append((rows.sort_by([("hash", "ascending"), ("key", "ascending")]) if mixed else rows).select(["key", "item"]))
-            shards.append([split, len(rows), int(sizes[cut].sum())])
-    if written:
-        _write_parquet(place, rows_name(group), written[0].schema, written)
+def _cut(rows: _Rows, order: pa.Table, group: int, rule: Rule, mixed: bool, place: Storage) -> list[list[Any]]:
+    """Write the rows of shards, those of `rows` in an `order`; (split, rows, bytes) of each shard."""
+    shards = list[list[Any]]()
+    keys = order["key"].to_pylist() if len(rule.splits) > 1 else []
+    splits = np.array([split_of(key, rule.splits) for key in keys] if keys else [next(iter(rule.splits))] * len(order))
+    del keys
+
+    def tables() -> Iterator[pa.Table]:
+        for split in sorted(rule.splits):
+            part = order.filter(pa.array(splits == split)) if len(order) else order
+            sizes = part["bytes"].to_numpy()
+            for cut in cut_by_bytes(sizes, rule.size) if rule.rows is None else cut_by_rows(len(part), rule.rows, not rule.exact):
+                one = part.slice(cut.start, cut.stop - cut.start)
+                one = one.sort_by([("hash", "ascending"), ("key", "ascending")]) if mixed else one
+                shards.append([split, len(one), int(sizes[cut].sum())])
+                yield pa.table([one["key"], rows.items(one)], schema=_PLANNED)
+
+    if len(order):
+        _write_parquet(place, rows_name(group), _PLANNED, tables())
     return shards
 
 
-def _write_parquet(place: Storage, name: str, schema: pa.Schema, groups: list[pa.Table]) -> None:
-    """A row group a table."""
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
-        for table in groups:
-            writer.write_table(table, row_group_size=max(1, len(table)))
-    place.write(name, sink.getvalue())
+def _write_parquet(place: Storage, name: str, schema: pa.Schema, groups: Iterator[pa.Table]) -> None:
+    """A row group a table, each of which is given back before the next one is made."""
+    with tempfile.NamedTemporaryFile(prefix="tessera-rows-") as file:
+        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+            for table in groups:
+                writer.write_table(table, row_group_size=max(1, len(table)))
+                del table
+                pa.default_memory_pool().release_unused()
+        file.flush()
+        place.put(Path(file.name), name)
 
 
 def read_rows(place: Storage, group: int, row_group: int) -> Iterator[tuple[str, Item]]:
@@ -242,18 +240,5 @@ def read_rows(place: Storage, group: int, row_group: int) -> Iterator[tuple[str,
         file = pq.ParquetFile(io.BufferedReader(Ranges(place, name, size), 1 << 22))
     with file:
         table = file.read_row_group(row_group, use_threads=False)
-    yield from zip(table["key"].to_pylist(), map(Item.decode, table["item"].to_pylist()), strict=True)
-
-
-def group_bounds(groups: int, rows: np.ndarray | None) -> list[int]:
-    """Where `groups` ranges of an order begin: equal ones of 64 bits, or, of the order of a source whose parts have int64 (parts,) `rows`,
-    such as have equally many rows."""
-    if rows is None:
-        return [-(-(n << 32) // groups) << 32 for n in range(groups)]
-    ends, total = np.cumsum(rows), int(rows.sum())
-    bounds = [0]
-    for n in range(1, groups):
-        row = total * n // groups
-        part = int(np.searchsorted(ends, row, side="right"))
-        bounds.append(part << PARTS_BIT | row - int(ends[part] - rows[part]))
-    return bounds
+    for batch in table.to_batches(max_chunksize=1024):  # its items as Python's objects take twice what they take here
+        yield from zip(batch["key"].to_pylist(), map(Item.decode, batch["item"].to_pylist()), strict=True)

@@ -1,12 +1,13 @@
-"""Rows on their way through a shuffle that is larger than memory: files of many groups, of which a group is read by its range.
+"""Rows on their way through a shuffle that is larger than memory: files of many ranges, of which a range is read by its place in them.
 
-offsets: uint64 (groups + 1,) ‖ group 0 ‖ group 1 ‖ ..         each group an Arrow stream, compressed; an empty one has no bytes
+offsets: uint64 (ranges + 1,) ‖ range 0 ‖ range 1 ‖ ..         each none, one or several Arrow streams, compressed
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -15,36 +16,98 @@ from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
 
 _READERS = 16
+_TAKEN = 1 << 25  # bytes of rows that are copied at once
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
-def write_spill(place: Storage, name: str, table: pa.Table, groups: np.ndarray, count: int) -> None:
-    """Publish a table's rows; row n belongs to group `groups[n]` of `count`. Within a group rows keep their order."""
-    table = table.take(pa.array(np.argsort(groups, kind="stable")))
-    firsts = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=count))])
-    offsets, blobs = np.zeros(count + 1, dtype="<u8"), list[bytes]()
-    offsets[0] = offsets.nbytes
-    for group in range(count):
-        rows = int(firsts[group + 1] - firsts[group])
-        blob = _encode(table.slice(int(firsts[group]), rows)) if rows else b""
-        blobs.append(blob)
-        offsets[group + 1] = offsets[group] + len(blob)
-    place.write(name, b"".join([offsets.tobytes(), *blobs]))
+@dataclass(frozen=True)
+class Spilt:
+    """Where the rows of each range are: each of `files`, lists of names, has `width` neighbouring ranges."""
+
+    files: list[list[str]]
+    width: int
+
+    def read(self, place: Storage, group: int, schema: pa.Schema) -> pa.Table:
+        """The rows of a range, in the order of the files."""
+        return read_range(place, self.files[group // self.width], group % self.width, schema)
 
 
-def read_group(place: Storage, names: Sequence[str], group: int, schema: pa.Schema) -> pa.Table:
-    """The rows of one group in all of these files, in the order of the files."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        tables = list(pool.map(lambda name: _read(place, name, group), names))
-    return pa.concat_tables([schema.empty_table(), *(t for t in tables if t is not None)]).combine_chunks()
+class SpillWriter:
+    """A file of `count` ranges, held compressed until it is whole."""
+
+    def __init__(self, count: int) -> None:
+        self._blobs: list[list[bytes]] = [[] for _ in range(count)]
+
+    def add(self, table: pa.Table, groups: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Row n, or row `rows[n]`, is of the range `groups[n]`. Within a range rows keep their order."""
+        order = np.argsort(groups, kind="stable")
+        ends = np.cumsum(np.bincount(groups, minlength=len(self._blobs)))
+        most = max(1, len(table) * _TAKEN // max(1, table.nbytes))
+        for group in np.unique(groups).tolist():
+            chosen = order[ends[group - 1] if group else 0 : ends[group]]
+            for start in range(0, len(chosen), most):
+                some = chosen[start : start + most]
+                self._blobs[group].append(_encode(table.take(pa.array(some if rows is None else rows[some]))))
+
+    def write(self, place: Storage, name: str) -> None:
+        """Publish it."""
+        offsets = np.zeros(len(self._blobs) + 1, dtype="<u8")
+        offsets[0] = offsets.nbytes
+        offsets[1:] = offsets[0] + np.cumsum([sum(map(len, blobs)) for blobs in self._blobs])
+        place.write(name, b"".join([offsets.tobytes(), *(blob for blobs in self._blobs for blob in blobs)]))
 
 
-def _read(place: Storage, name: str, group: int) -> pa.Table | None:
+def read_range(place: Storage, names: Sequence[str], group: int, schema: pa.Schema) -> pa.Table:
+    """The rows of one range in all of these files, in the order of the files: two requests a file. The last column is taken to be the long
+    one, of strings without gaps, which is never in memory twice."""
+    pool = pa.default_memory_pool()
+    pool.release_unused()  # what the task before had
+    with ThreadPoolExecutor(_READERS) as readers:
+        tables = [table for data in readers.map(lambda name: _fetch(place, name, group), names) for table in _decode(data)]
+    columns = [[chunk for table in tables for chunk in table[name].chunks] for name in schema.names]
+    del tables
+    *short, long = columns
+    del columns
+    arrays = [pa.chunked_array(chunks, kind).combine_chunks() for chunks, kind in zip(short, schema.types[:-1], strict=True)]
+    table = pa.table([*arrays, _join(long)], schema=schema)
+    pool.release_unused()
+    return table
+
+
+def _join(parts: list[pa.StringArray]) -> pa.StringArray | pa.ChunkedArray:
+    """One array of many, each of which is given back once it is copied. Above 2 GiB they stay as they are: Arrow counts in 31 bits."""
+    rows, size = sum(map(len, parts)), sum(int(_ends(part)[-1] - _ends(part)[0]) for part in parts)
+    if size >= 2**31:
+        return pa.chunked_array(parts, pa.string())
+    data, ends = pa.allocate_buffer(size), np.zeros(rows + 1, dtype=np.int32)
+    room, row, at = np.frombuffer(data, dtype=np.uint8), 0, 0
+    parts.reverse()
+    while parts:
+        part = parts.pop()
+        theirs = _ends(part)
+        first, last = int(theirs[0]), int(theirs[-1])
+        if last > first:
+            room[at : at + last - first] = np.frombuffer(part.buffers()[2], dtype=np.uint8)[first:last]
+        ends[row + 1 : row + 1 + len(part)] = theirs[1:] - first + at
+        row, at = row + len(part), at + last - first
+    return pa.StringArray.from_buffers(rows, pa.py_buffer(ends), data)
+
+
+def _ends(part: pa.StringArray) -> np.ndarray:
+    """Where its strings begin and end in its bytes: int32 (strings + 1,)."""
+    return np.frombuffer(part.buffers()[1], dtype=np.int32)[part.offset : part.offset + len(part) + 1]
+
+
+def _fetch(place: Storage, name: str, group: int) -> bytes:
     what = f"storage {place.url}/{name}"
     start, end = np.frombuffer(retrying(what, lambda: place.read_range(name, 8 * group, 8 * group + 16)), dtype="<u8").tolist()
-    if start == end:
-        return None
-    return pa.ipc.open_stream(retrying(what, lambda: place.read_range(name, start, end))).read_all()
+    return retrying(what, lambda: place.read_range(name, start, end)) if end > start else b""
+
+
+def _decode(data: bytes) -> Iterator[pa.Table]:
+    reader = pa.BufferReader(data)
+    while reader.tell() < reader.size():
+        yield pa.ipc.open_stream(reader).read_all()
 
 
 def _encode(table: pa.Table) -> bytes:

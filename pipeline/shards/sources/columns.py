@@ -11,6 +11,8 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+import pyarrow as pa
+
 from pipeline.core.errors import DataError, choose
 
 # Names in LAION (URL, TEXT), COYO and DataComp (url, text), CC12M and Hugging Face's datasets; the first that is there is taken.
@@ -46,6 +48,18 @@ def choose_columns(kind: str, given: dict[str, str], there: Sequence[str], name:
     return chosen
 
 
+def check_text(ours: str, column: str, kind: pa.DataType, name: str) -> None:
+    """Raises DataError where the column of a table, which is our `ours`, can hold no text."""
+    told = kind
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)  # null: nothing but gaps
+    if not any(test(kind) for test in is_text):
+        raise DataError(
+            f"shard.source.url: {name}: its column {column!r} holds {told}, not text; shard.source.columns: {{{ours}: ..}} names another"
+        )
+
+
 def plain(value: Any) -> Any:
     """A value of a table's column as JSON has it: numbers that are not finite become null, times ISO 8601, bytes base64.
 
@@ -72,8 +86,10 @@ def plain(value: Any) -> Any:
 
 def take_known(row: dict[str, Any], chosen: dict[str, str]) -> tuple[Any, Any, Any]:
     """(caption, label, key) of a row, None where there is no such column; a column may have an empty name, as that of row numbers has in
-    tables which pandas wrote. Caption and label are taken out of the row."""
+    tables which pandas wrote. Caption and label are taken out of the row, but a label that is none, such as a list of tags, stays."""
     caption, label = (row.pop(chosen[ours], None) if ours in chosen else None for ours in ("caption", "label"))
+    if isinstance(label, list | dict | bytes):
+        row[chosen["label"]], label = label, None
     return caption, label, row.get(chosen["key"]) if "key" in chosen else None
 
 

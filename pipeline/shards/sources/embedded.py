@@ -20,7 +20,7 @@ from pipeline.core.errors import DataError
 from pipeline.shards.dropped import Dropped
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part
 from pipeline.shards.sources.columns import as_label, plain, take_known
-from pipeline.shards.sources.files import explained, open_parquet
+from pipeline.shards.sources.files import as_rows, explained, open_parquet
 from pipeline.shards.sources.urls import TableFiles
 
 _ROWS = 1024  # without images, held as Python objects
@@ -141,7 +141,7 @@ def _rows(file: pq.ParquetFile, group: int, columns: list[str], rows: int) -> It
         yield from ({} for _ in range(file.metadata.row_group(group).num_rows))
         return
     for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
-        yield from batch.to_pylist()
+        yield from as_rows(batch)
 
 
 def _mean_bytes(group: pq.RowGroupMetaData, image: str) -> int:

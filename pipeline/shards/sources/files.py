@@ -25,8 +25,10 @@ U = TypeVar("U")
 TABLES = ("parquet", "csv", "tsv", "jsonl", "ndjson")
 _COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
 _BUFFER = 1 << 22  # bytes asked of a store at once
-_ROWS = 4096  # of Parquet that are held as Python objects
+_ROWS, _BATCH = 4096, 1 << 26  # of Parquet that are read at once: rows, and their bytes as the footer has them
+_HELD = 1 << 22  # bytes of these that are Python objects
 _BLOCK = 1 << 22  # bytes of CSV, of which a row needs to be shorter
+_LINE = 1 << 26  # bytes of JSON, of which a line needs to be shorter
 _OPENED = 16  # footers read at once
 _NAMED = 20  # broken files that one sentence names
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
@@ -131,12 +133,21 @@ def read_rows(directory: Storage, name: str, size: int) -> Iterator[dict[str, An
     with explained(name):
         if kind == "parquet":
             with open_parquet(directory, name, size) as file:
-                for batch in file.iter_batches(_ROWS, use_threads=False):
-                    yield from batch.to_pylist()
+                held = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
+                most = max(1, min(_ROWS, _BATCH * file.metadata.num_rows // max(1, held)))
+                for batch in file.iter_batches(most, use_threads=False):
+                    yield from as_rows(batch)
         elif kind in ("csv", "tsv"):
             yield from _read_csv(directory, name, size, "\t" if kind == "tsv" else ",")
         else:
             yield from _read_jsonl(directory, name, size)
+
+
+def as_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch, few at a time where they are long."""
+    most = max(1, len(batch) * _HELD // max(1, batch.nbytes))
+    for start in range(0, len(batch), most):
+        yield from batch.slice(start, most).to_pylist()
 
 
 def column_names(directory: Storage, name: str, size: int) -> list[str]:
@@ -203,6 +214,8 @@ def _read_jsonl(directory: Storage, name: str, size: int) -> Iterator[dict[str, 
         while block := stream.read(_BUFFER):
             *lines, rest = (rest + block).split(b"\n")
             yield from map(_parse_line, filter(bytes.strip, lines))
+            if len(rest) > _LINE:
+                raise DataError(f"shard.source.url: {name} has a line of more than {_LINE >> 20} MiB: JSON lines have a row each")
     if rest.strip():
         yield _parse_line(rest)
 

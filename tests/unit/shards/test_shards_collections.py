@@ -367,7 +367,7 @@ def test_all_unreadable_parts_are_named(tmp_path: Path, web: Hostile) -> None:
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(DataError, match=r"2 pieces of the work failed.*1.parquet is damaged.*2.parquet is damaged"),
     ):
-        patch.setattr(plan, "_PIECE_PARTS", 1)
+        patch.setattr(plan, "PIECE_PARTS", 1)
         make_dataset(config({"format": "urls", "url": str(tmp_path / "in")}), Storage(str(tmp_path / "out")))
     assert len(web.seen) == before
 

@@ -12,6 +12,7 @@ from pipeline.config import Config, parse_config
 from pipeline.core.errors import DataError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job
+from pipeline.shards import manifest as manifests
 from pipeline.shards.deny import DenyList
 from pipeline.shards.job import dataset_fingerprint, make_dataset
 from pipeline.shards.manifest import find_manifest, read_manifest, read_shards
@@ -40,7 +41,7 @@ def test_the_whole_stage(tree: Path, tmp_path: Path) -> None:
     assert (manifest.read, manifest.written, manifest.ignored) == (82, 80, 2)
     assert manifest.dropped == {"corrupt": 1, "empty": 1}
     assert [(d["file"], d["reason"]) for d in manifest.dropped_samples] == [("cat/nothing.png", "empty"), ("dog/damaged.jpg", "corrupt")]
-    assert "premature end" in manifest.dropped_samples[1]["detail"].lower()
+    assert "premature end" in manifest.dropped_samples[1]["detail"].lower() and manifest.unnamed == 0
     assert manifest.classes == ["cat", "dog"] and sum(manifest.splits.values()) == 80
     assert manifest.smallest == (40, 32) and manifest.source == str(tree)
     assert {k: metrics[f"shard/{k}"] for k in ("read", "written", "dropped", "ignored")} == {
@@ -157,3 +158,22 @@ def test_a_directory_that_cannot_be_written_is_refused(tree: Path, tmp_path: Pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="file"):
         make_dataset(config(tree), Storage(str(tmp_path / "file" / "shards")))
+
+
+def test_a_manifest_names_some_of_many_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of each shard as all of them can send; and who they are does not depend on the workers."""
+    assert [manifests.named_each(shards) for shards in (1, 100, 1000, 10**6)] == [1000, 1000, 100, 10]
+    told = [{"file": f"{n % 7}", "reason": "empty", "detail": f"{n}"} for n in range(40)]
+    monkeypatch.setattr(manifests, "NAMED", 12)
+    first, again = (manifests.first_named(manifests.first_named([], some[:25]), some[25:]) for some in (told, told[::-1]))
+    assert first == again and [d["file"] for d in first[5:7]] == ["0", "1"]
+    (tmp_path / "in").mkdir()
+    for n in range(59):
+        (tmp_path / "in" / f"{n:02d}.png").write_bytes(b"")
+    Image.new("RGB", (9, 9)).save(tmp_path / "in" / "59.png")
+    made = []
+    for workers in (1, 2):
+        section = config(tmp_path / "in", splits={"train": 1.0}, samples=20, workers=workers)
+        made.append(make_dataset(section, Storage(str(tmp_path / f"out-{workers}")))[0])
+    assert made[0] == made[1] and (made[0].dropped, made[0].unnamed, len(made[0].dropped_samples)) == ({"empty": 59}, 47, 12)
+    assert [d["file"] for d in made[0].dropped_samples] == [f"{n:02d}.png" for n in range(12)]

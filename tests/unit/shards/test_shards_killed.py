@@ -30,12 +30,12 @@ import json, sys
 import ray
 from pipeline.config import parse_config
 from pipeline.core.storage import Storage
-from pipeline.shards import plan
+from pipeline.shards import division, plan
 from pipeline.shards.job import make_dataset
 
 address, section, out = sys.argv[1:]
 ray.init(**({"address": address} if address else {"num_cpus": 2, "include_dashboard": False}), log_to_driver=False)
-plan.GROUP_ROWS, plan.CHUNK = 70, 40
+plan.GROUP_ROWS, plan.CHUNK, plan.SPILL_BYTES, division.FAN = 70, 40, 9000, 2  # five ranges, in two passes
 print("begun", flush=True)
 make_dataset(parse_config(json.loads(section)), Storage(out))
 print("done", flush=True)

@@ -18,10 +18,13 @@ from click.testing import CliRunner
 from launch.submit import main
 from pipeline.config.shard import Shard
 from pipeline.core.storage import Storage
+from pipeline.shards.division import Division, source_bounds
 from pipeline.shards.forecast import forecast, forecast_of
-from pipeline.shards.plan import CHUNK, GROUP_ROWS
-from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, group_bounds, list_rows, read_rows, settle_rows
+from pipeline.shards.listing import list_rows
+from pipeline.shards.plan import CHUNK, SPILL_BYTES
+from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, read_rows, settle_rows
 from pipeline.shards.sources import Survey, UrlSource
+from pipeline.shards.spill import Spilt
 
 ROWS, SHARDS = 5_000_000_000, 500_000
 
@@ -94,7 +97,8 @@ def test_a_driver_of_a_million_shards(tmp_path: Path) -> None:
 def test_a_forecast_needs_no_rows() -> None:
     shard = Shard.model_validate({"source": {"format": "urls", "url": "x"}, "images": {"resize": {"pixels": 256}}, "samples": 10_000})
     found = forecast_of(shard, Survey(ROWS, 5000, 0.0, 0, True, ""), has_sizes=False, in_blocks=False)
-    assert (found.rows, found.shards, found.ranges, found.passes) == (ROWS, SHARDS, 10_000, 2)
+    assert (found.rows, found.shards, found.ranges, found.passes) == (ROWS, SHARDS, 10_000, 3)
+    assert found.requests < 4e6 and found.plan_bytes / found.requests > 1e5  # of two, one is of eight bytes
     by_size = forecast_of(
         Shard.model_validate({"source": {"format": "urls", "url": "x"}, "images": {"resize": {"pixels": 256}}}),
         Survey(ROWS, 5000, 0.0, 0, True, ""),
@@ -115,34 +119,42 @@ def test_a_forecast_of_footers(tmp_path: Path) -> None:
 
 TASKS = """
 from pipeline.core.storage import Storage
-from pipeline.shards.plan import CHUNK
-from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, group_bounds, list_rows, read_rows, settle_rows
+from pipeline.shards.division import Division
+from pipeline.shards.listing import list_rows
+from pipeline.shards.plan import CHUNK, SPILL_BYTES, moves
+from pipeline.shards.shuffle import Earlier, Rule, divide_rows, settle_rows
 from pipeline.shards.sources import UrlSource
+from pipeline.shards.spill import Spilt
 
 source, place = UrlSource(sys.argv[1], {}), Storage(sys.argv[2])
-rule = Rule({"train": 0.99, "test": 0.01}, 2**28, 10_000, False, True, 1, CHUNK)
-start = begin()
-listed = list_rows("0", 0, source.parts(), source, rule, place)
+rule = Rule({"train": 0.99, "test": 0.01}, 2**28, 10_000, False, True, CHUNK, SPILL_BYTES, 1000)
+start, whole = begin(), Division.into(1)
+listed = list_rows("0", 0, source.parts(), source, rule, whole, place)
 between = begin()
-settled = settle_rows("settle-00000", 0, listed["spills"], None, rule, Earlier(), place)
-told = {"list": between - start, "settle": begin() - between, "read": settled["read"], "shards": len(settled["shards"])}
+division = whole.for_bytes(sum(size for _, size in listed["spills"]))
+moved = [divide_rows(*arguments, division, place)["spill"] for _, arguments in moves("listed", listed["spills"], division, SPILL_BYTES)]
+spilt = Spilt([moved if division.count > 1 else [name for name, _ in listed["spills"]]], division.count)
+settled = [settle_rows(f"settle-{g:05d}", g, spilt, division, None, rule, Earlier(), place) for g in range(division.count)]
+told = {"list": between - start, "settle": begin() - between, "ranges": division.count}
+told |= {"read": sum(s["read"] for s in settled), "shards": sum(len(s["shards"]) for s in settled)}
 """
 
 
 @pytest.mark.chaos
-def test_a_task_of_a_full_range_stays_small(tmp_path: Path) -> None:
-    """As many rows as a range has, with captions and numbers as LAION has them."""
-    rows = GROUP_ROWS
+@pytest.mark.parametrize(("rows", "wide", "ranges"), [(500_000, 1, 1), (100_000, 768, 4)])
+def test_a_task_of_a_full_range_stays_small(tmp_path: Path, rows: int, wide: int, ranges: int) -> None:
+    """As many rows as a range has, with captions and numbers as LAION has them; and such as are cut by bytes, with embeddings."""
+    numbers = np.random.default_rng(0).standard_normal(rows * wide, dtype=np.float32)
     columns = {
         "URL": [f"https://images.example-{n % 977}.com/photos/2019/{n % 12:02d}/original-{n:09d}.jpg" for n in range(rows)],
         "TEXT": [f"A photograph of number {n}, taken from above on a sunny day, with people in the background" for n in range(rows)],
         "WIDTH": list(range(rows)),
-        "similarity": [n / rows for n in range(rows)],
+        "similarity": pa.ListArray.from_arrays(np.arange(0, rows * wide + 1, wide, dtype=np.int32), numbers) if wide > 1 else numbers,
     }
     pq.write_table(pa.table(columns), tmp_path / "in.parquet")
-    del columns
+    del columns, numbers
     found = measured(TASKS, tmp_path / "in.parquet", tmp_path / "out")
-    assert found["read"] == rows and found["shards"] >= 50
+    assert found["read"] == rows and found["ranges"] == ranges and found["shards"] >= 4 * ranges
     assert found["peak"] < 1.5 * 2**30
     print(f"{rows:,} rows: listed in {found['list']:.1f} s, settled in {found['settle']:.1f} s, {found['peak'] / 2**30:.2f} GiB at most")
 
@@ -153,9 +165,10 @@ def test_ranges_of_versions_meet(tmp_path: Path) -> None:
     source = UrlSource(str(tmp_path / "in.parquet"), {})
 
     def settle(groups: int, place: Storage, earlier: Earlier) -> int:
-        rule = Rule({"train": 1.0}, 2**28, 100, False, True, groups, CHUNK)
-        listed = list_rows("0", 0, source.parts(), source, rule, place)
-        return sum(settle_rows(f"s-{g}", g, listed["spills"], None, rule, earlier, place)["read"] for g in range(groups))
+        rule, division = Rule({"train": 1.0}, 2**28, 100, False, True, CHUNK, SPILL_BYTES, 1000), Division.into(groups)
+        spills = list_rows("0", 0, source.parts(), source, rule, division, place)["spills"]
+        spilt = Spilt([[name for name, _ in spills]], groups)
+        return sum(settle_rows(f"s-{g}", g, spilt, division, None, rule, earlier, place)["read"] for g in range(groups))
 
     first = Storage(str(tmp_path / "v1"))
     assert settle(3, first, Earlier()) == 500
@@ -168,12 +181,14 @@ def test_a_shuffle_on_any_store(store: Storage, tmp_path: Path, shuffle: bool) -
     """All passes, on files and on an object store, give every row once and the same shards."""
     pq.write_table(pa.table({"url": [f"http://a/{n}" for n in range(300)], "text": [None, "a", "b"] * 100}), tmp_path / "in.parquet")
     source = UrlSource(str(tmp_path / "in.parquet"), {})
-    rule = Rule({"train": 0.9, "test": 0.1}, 2**28, 20, True, shuffle, 4, 64)
-    listed = list_rows("0", 0, source.parts(), source, rule, store)
-    assert len(listed["spills"]) == 5 and listed["rows"] == {"0": 300}
-    bounds = None if shuffle else group_bounds(4, np.array([300]))
-    settled = [settle_rows(f"settle-{g}", g, listed["spills"], bounds, rule, Earlier(), store) for g in range(4)]
-    cut = settled if shuffle else [arrange_rows(f"{g}", g, [f"settled/settle-{n}" for n in range(4)], rule, False, store) for g in range(4)]
+    rule, division = Rule({"train": 0.9, "test": 0.1}, 2**28, 20, True, shuffle, 64, 7000, 1000), Division.into(4)
+    listed = list_rows("0", 0, source.parts(), source, rule, division, store)
+    assert len(listed["spills"]) == 3 and [mark[:2] for mark in listed["marks"]] == [[0, n] for n in (64, 128, 192, 256, 300)]
+    assert sum(size for *_, size in listed["marks"]) == sum(size for _, size in listed["spills"])
+    onward, spilt = None if shuffle else Division.into(4, source_bounds(listed["marks"], 4)), Spilt([[n for n, _ in listed["spills"]]], 4)
+    settled = [settle_rows(f"settle-{g}", g, spilt, division, onward, rule, Earlier(), store) for g in range(4)]
+    spilt = Spilt([[f"settled/settle-{n}" for n in range(4)]], 4)
+    cut = settled if shuffle else [arrange_rows(f"{g}", g, spilt, rule, False, store) for g in range(4)]
     assert sum(s["read"] for s in settled) == sum(rows for c in cut for _, rows, _ in c["shards"]) == 300
     found, splits = list[str](), list[str]()
     for group, part in enumerate(cut):

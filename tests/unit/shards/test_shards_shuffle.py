@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 
 from pipeline.config.shard import Shard
 from pipeline.core.storage import Storage
-from pipeline.shards import plan
-from pipeline.shards.plan import Header, Planner
-from pipeline.shards.shuffle import Earlier, read_rows
-from pipeline.shards.sources import open_source
+from pipeline.shards import division, forecast, plan
+from pipeline.shards.listing import list_rows
+from pipeline.shards.plan import Header, Planner, moves
+from pipeline.shards.shuffle import Earlier, Rule, divide_rows, read_rows, settle_rows
+from pipeline.shards.sources import UrlSource, open_source
+from pipeline.shards.spill import Spilt
 
 ROWS = 1500
 
@@ -58,10 +61,62 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("case", ORDERS)
-def test_the_order_stays(tables: dict[str, str], tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+@pytest.mark.parametrize("is_divided", [False, True])
+def test_the_order_stays(
+    tables: dict[str, str], tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch, case: str, is_divided: bool
+) -> None:
     """The digests are those of the first release that shuffled: who changes them makes other datasets of the same config."""
     kind, section, digest = ORDERS[case]
     monkeypatch.setattr(plan, "GROUP_ROWS", 50)
     monkeypatch.setattr(plan, "CHUNK", 40)
+    monkeypatch.setattr(plan, "SPILL_BYTES", 10_000)
+    monkeypatch.setattr(division, "FAN", 6 if is_divided else 128)
     found, _ = planned({"source": {"format": kind, "url": tables[kind]}, **section}, Storage(str(tmp_path)), 2)
     assert found == digest
+    assert sorted(Storage(str(tmp_path)).names()) == ["begun.json", "known", "plan.parquet", "rows"]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ranges_of_long_rows(tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch, shuffle: bool) -> None:
+    """Few rows are long, all of one part: ranges are smaller, whatever the number of workers, and in the source's order there alone."""
+    for part in range(3):
+        rows = [{"url": f"http://a/{part}/{n}", "text": "x" * 2000 if part == 1 else ""} for n in range(500)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{part}.parquet")
+    monkeypatch.setattr(plan, "GROUP_ROWS", 500)
+    monkeypatch.setattr(plan, "CHUNK", 40)
+    monkeypatch.setattr(division, "RANGE_BYTES", 150_000)
+    section = {"source": {"format": "urls", "url": str(tmp_path / "*.parquet")}, "samples": 1000, "shuffle": shuffle}
+    (found, rows), (again, _) = (planned(section, Storage(str(tmp_path / f"{n}")), n) for n in (1, 2))
+    assert found == again and len({path for _, path in rows}) == ROWS
+    sizes = Counter[str]()
+    for shard, path in rows:  # a range each
+        sizes[shard] += (2000 if "/1/" in path else 0) + len(path) + 100
+    assert 8 <= len(sizes) <= 12 and max(sizes.values()) < 1.5 * 150_000
+    assert shuffle or [path for _, path in rows] == [f"http://a/{n // 500}/{n % 500}" for n in range(ROWS)]
+
+
+class Counting(Storage):
+    reads = 0
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        self.reads += 1
+        return super().read_range(key, start, end)
+
+
+@pytest.mark.parametrize("fan", [4, 128])
+def test_reads_are_as_the_forecast_says(tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fan: int) -> None:
+    monkeypatch.setattr(division, "FAN", fan)
+    source, place, ranges = UrlSource(tables["urls"], {}), Counting(str(tmp_path)), division.Division.into(36)
+    rule = Rule({"train": 1.0}, 2**28, 20, True, True, 40, 10_000, 1000)
+    spills = list_rows("0", 0, source.parts(), source, rule, ranges, place)["spills"]
+    size = sum(length for _, length in spills)
+    files = [[name for name, _ in spills]]
+    if fan == 4:
+        moved = [divide_rows(*arguments, ranges, place) for _, arguments in moves("listed", spills, ranges, rule.spill)]
+        files = [[m["spill"] for m in moved if m["piece"] == piece] for piece in range(ranges.pieces)]
+        assert ranges.pieces == 6 and {len(names) for names in files} <= {2, 3, 4}
+    spilt = Spilt(files, ranges.width if fan == 4 else 36)
+    assert sum(settle_rows(f"{g}", g, spilt, ranges, None, rule, Earlier(), place)["read"] for g in range(36)) == ROWS
+    monkeypatch.setattr(forecast, "SPILL_BYTES", rule.spill)
+    assert place.reads == pytest.approx(forecast.requests_of(len(spills), size, ranges), rel=0.3)
+    assert fan == 128 or place.reads < 0.7 * 2 * len(spills) * 36

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.shard import Fetch, Shard
+from pipeline.core import stores
 from pipeline.core.errors import ConfigError, DataError, UserError
+from pipeline.core.storage import Storage
 from pipeline.shards.dropped import Dropped
-from pipeline.shards.sources import Files, FolderSource, Ignored, Item, Source, check_source, open_source
+from pipeline.shards.sources import Files, FolderSource, Ignored, Item, Source, check_source, open_source, sorting
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -50,6 +52,39 @@ def test_flat_folder_with_side_files(tmp_path: Path) -> None:
         "a.b.png": (None, {"txt": "a.b.txt"}),
         "b.png": (None, {}),
     }
+
+
+def test_a_listing_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through temporary files, many runs of them: the same rows in the same order."""
+    names = [f"{'ab'[n % 2]}{n}.{rest}" for n in range(40) for rest in ("jpg", "b.png", "txt", "b.TXT", "cls", "md")[: 1 + n % 6]]
+    touch(tmp_path, *names, "a.png", "caf\udce9.png", "caf\udce9.txt", "d/x.png", "d/.png/x.png", "d/e/x.txt", "d/e/x.webp", "d/e.webp")
+    source = FolderSource(str(tmp_path))
+    whole, ignored = listed(source)
+    stamp = source.survey().stamp
+    monkeypatch.setattr(sorting, "HELD", 7)
+    assert listed(source) == (whole, ignored) and source.survey().stamp == stamp
+    paths = [i.path for i in whole if "/" not in i.path]
+    assert paths == sorted(name for name in os.listdir(tmp_path) if name.endswith(("jpg", "png"))) and len(paths) == 75
+    assert sum(len(i.side) for i in whole) + ignored == len(names) + 8 - len(whole) and {len(i.side) for i in whole} == {0, 1, 2}
+
+
+def test_folders_on_any_store(any_store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_PAGE", 2)
+    names = ["a.png", "a.txt", "b.png", "cat/a.png", "cat/deep/b.JPG", "cat/deep/b.txt", "dog/c.png"]
+    for name in names:
+        any_store.write(name, b"12345")
+    assert sorted(any_store.scan(), key=str) == [("a.png", 5), ("a.txt", 5), ("b.png", 5), ("cat", None), ("dog", None)]
+    assert sorted(any_store.scan(deep=True)) == [(name, 5) for name in names]
+    assert list((any_store / "gone").scan()) == list((any_store / "gone").scan(deep=True)) == []
+    source = FolderSource(any_store.url)
+    source.storage = any_store
+    assert [(i.path, i.class_name, i.side) for i in listed(source)[0]] == [
+        ("a.png", None, {"txt": "a.txt"}), ("b.png", None, {}), ("cat/a.png", "cat", {}),
+        ("cat/deep/b.JPG", "cat", {"txt": "cat/deep/b.txt"}), ("dog/c.png", "dog", {}),
+    ]  # fmt: skip
+    source.storage = any_store / "a.png"
+    with pytest.raises(DataError, match=r"is a file, this names a folder|there is no folder"):
+        source.parts()
 
 
 def test_what_is_no_image_is_counted(tmp_path: Path) -> None:

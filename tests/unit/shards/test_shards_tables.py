@@ -148,6 +148,42 @@ def test_bad_rows_are_a_reason(tmp_path: Path) -> None:
     assert [i.label for i in found if isinstance(i, Item)][-1] == 2
 
 
+def test_parts_need_not_have_the_same_columns(tmp_path: Path) -> None:
+    """Each is read by its own columns; none, or no rows at all, is no reason to stop. What is no label stays with the sample."""
+    write(tmp_path / "a.parquet", {"url": ["u1"], "text": ["one"], "n": [1]})
+    write(tmp_path / "b.parquet", {"n": ["x"], "URL": pa.array(["u2"]).dictionary_encode(), "TEXT": pa.array([None], pa.null())})
+    write(tmp_path / "c.parquet", {"url": pa.array([], pa.string()), "text": pa.array([], pa.string())})
+    write(tmp_path / "d.parquet", {"url": pa.array(["u3"], pa.large_string()), "labels": [[1, 2]]})
+    for name in ("e.csv", "f.jsonl", "g.tsv"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "h.csv").write_bytes(b"url,text\n")
+    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress(b"\n"))
+    (tmp_path / "j.jsonl").write_bytes(b'{"url": "u4", "text": "four", "label": ["a"]}\n{"url": "u5", "text": 5}')
+    source = UrlSource(str(tmp_path), {})
+    assert [(i.path, i.text, i.extra) for i in items(source)] == [
+        ("u1", "one", {"n": 1}), ("u2", None, {"n": "x"}), ("u3", None, {"labels": [1, 2]}), ("u4", "four", {"label": ["a"]}),
+    ]  # fmt: skip
+    assert [i for i in rows(source) if isinstance(i, Lost)] == [
+        Lost("j.jsonl#1", "bad-txt", "row 1 of j.jsonl: its text is of type int, not text")
+    ]
+    assert 5 <= source.survey().rows < 50
+
+
+@pytest.mark.parametrize("kind", [UrlSource, TableSource])
+def test_captions_that_are_no_text_are_named(tmp_path: Path, kind: type[Source]) -> None:
+    images = {"image": [b"x"]} if kind is TableSource else {"url": ["u"]}
+    write(tmp_path / "a.parquet", {**images, "caption": ["one"]})
+    write(tmp_path / "b.parquet", {**images, "caption": [1]})
+    write(tmp_path / "c.parquet", {**images, "text": [["one", "two"]]})
+    with pytest.raises(
+        DataError, match=r"^shard.source.url: 2 of 3 tables cannot be used: b.parquet: its column 'caption' holds int64, not"
+    ) as e:
+        kind(str(tmp_path), {}).check()
+    assert "c.parquet: its column 'text' holds list<" in str(e.value) and "shard.source.columns: {caption: ..} names another" in str(
+        e.value
+    )
+
+
 def test_a_csv_of_many_blocks_is_estimated(tmp_path: Path) -> None:
     lines = [f"http://host/{n:08d},caption number {n}" for n in range(150_000)]
     (tmp_path / "a.csv").write_text("\n".join(["url,text", *lines]))
@@ -208,6 +244,10 @@ def test_damage_inside_is_found_as_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^shard.source.url: 0.parquet is damaged, or no parquet"):
         items(UrlSource(str(tmp_path), {}))
     (tmp_path / "0.parquet").unlink()
+    (tmp_path / "a.jsonl").write_bytes(b'{"url": "u"}\n[' + b"1," * 2**26)
+    with pytest.raises(DataError, match=r"a.jsonl has a line of more than 64 MiB"):
+        items(UrlSource(str(tmp_path), {}))
+    (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"url\n" + b"http://a/b\n" * 10_000)[:-30])
     with pytest.raises(DataError, match=r"a.csv.gz is damaged, or no csv"):
         items(UrlSource(str(tmp_path), {}))
