@@ -1,6 +1,6 @@
 """How fast a folder of JPEGs becomes shards where nothing has to be done to their pixels.
 
-    python -m tests.bench.sharding_folder [--pairs 5] [--images 12000] [--workers 1] [--scaling]
+    python -m tests.bench.sharding_folder [--pairs 5] [--images 18000] [--workers 1] [--scaling]
 
 Makes photographs of 300 to 800 pixels a side, 3,000 different ones under several names, and races, each in a process of its
 own, in turn, the page cache warm: a whole job on Ray with `images.check: ends`, against webdataset's TarWriter, which writes
@@ -33,7 +33,7 @@ from PIL import Image as Picture
 from tests.bench.pairs import machine, median, race, ratios
 from tests.bench.streaming import photographs
 
-DIFFERENT, CLASSES, SHARD = 3000, 10, 1 << 26  # bytes; so that two workers have equal shares
+DIFFERENT, CLASSES, SHARD = 3000, 10, 1 << 28  # bytes, the default
 
 
 def make_folder(folder: Path, images: int) -> None:
@@ -161,7 +161,7 @@ def report(name: str, found: dict[str, list[float]], bound: str, goal: float) ->
 
 @click.command()
 @click.option("--pairs", default=5, show_default=True)
-@click.option("--images", default=12_000, show_default=True)
+@click.option("--images", default=18_000, show_default=True)
 @click.option("--workers", default=1, show_default=True)
 @click.option("--check", type=click.Choice(["ends", "decode"]), help="Race this one alone.")
 @click.option("--only", help="One of these, in this process: ends, decode, tarwriter, bound.")
