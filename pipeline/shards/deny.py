@@ -69,8 +69,8 @@ def _newest(directory: Storage, version: int | None) -> dict[str, str]:
 
 
 def find_about(directory: Storage, name: str) -> dict[str, Any] | None:
-    """What `DenyList` was told of the list `name`, and how many `keys` it has; None where there is no such list, or one of another maker.
-    Reads the footer alone."""
+    """What `DenyListWriter` was told of the list `name`, and how many `keys` it has; None where there is no such list, or it is of another
+    maker. Reads the footer alone."""
     key = list_name(name)
     try:
         size = directory.head(key).size
@@ -89,8 +89,8 @@ def count_keys(footer: pq.FileMetaData) -> int:
     return int((footer.metadata or {}).get(_COUNT, footer.num_rows))
 
 
-class DenyList:
-    """`with DenyList(directory, "takedown", {"by": pa.string()}) as out: out.add(rows); out.publish(about)`.
+class DenyListWriter:
+    """`with DenyListWriter(directory, "takedown", {"by": pa.string()}) as out: out.add(rows); out.publish(about)`.
 
     `reasons`: the further columns. Nothing is published by leaving.
     """

@@ -19,7 +19,7 @@ from pipeline.shards.executions import Execution, Published
 from pipeline.shards.manifest import NAMED, named_each
 from pipeline.shards.pixels import prepare
 from pipeline.shards.samples import Recipe, Sample, make_sample, printable
-from pipeline.shards.shuffle import Rule, first_rows, read_rows
+from pipeline.shards.shuffle import Rule, first_rows, planned_rows
 from pipeline.shards.sources import Item, Source
 from pipeline.shards.spill import Spilt
 from pipeline.shards.writer import write_shard
@@ -73,7 +73,7 @@ def _fill_shard(
     name: str, split: str, group: int, row_group: int, filling: Filling, place: Storage, directory: Storage, execution: Execution
 ) -> dict[str, Any]:
     filling.check()
-    rows = list(read_rows(place, group, row_group))
+    rows = list(planned_rows(place, group, row_group))
     drops: list[dict[str, str]] = []
     dropped: Counter[str] = Counter()
 

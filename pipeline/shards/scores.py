@@ -21,7 +21,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.functions import load_function, source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.columns import Columns, find_columns
-from pipeline.shards.deny import DenyList, find_about, holds, list_name, name_for
+from pipeline.shards.deny import DenyListWriter, find_about, holds, list_name, name_for
 from pipeline.shards.duplicates.phash import PHASH
 from pipeline.shards.manifest import INDEX_SCHEMA, ShardRecord, read_manifest
 from pipeline.shards.passes import over_shards
@@ -123,7 +123,7 @@ def deny_by_score(directory: Storage, column: str, keep: Bound | None, workers: 
     if keep is None:
         directory.remove(list_name(name))
         if holds(directory, f"score-{column}", manifest.version):
-            with DenyList(directory, name, _REASONS) as out:
+            with DenyListWriter(directory, name, _REASONS) as out:
                 out.publish({"dataset": manifest.hash, "keep": None})
         return 0
     added = find_columns(directory).get(column)
@@ -133,7 +133,7 @@ def deny_by_score(directory: Storage, column: str, keep: Bound | None, workers: 
     found = find_about(directory, name)
     if found is not None and about.items() <= found.items():
         return found["keys"]
-    with DenyList(directory, name, _REASONS) as out:
+    with DenyListWriter(directory, name, _REASONS) as out:
         shared = (directory, column, keep)
         for rows in over_shards("deny", directory, _outside, shared, lambda: f"{out.rows:,} denied", workers):
             out.add(rows)

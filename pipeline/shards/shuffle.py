@@ -230,7 +230,7 @@ def _write_parquet(place: Storage, name: str, schema: pa.Schema, groups: Iterato
         place.put(Path(file.name), name)
 
 
-def read_rows(place: Storage, group: int, row_group: int) -> Iterator[tuple[str, Item]]:
+def planned_rows(place: Storage, group: int, row_group: int) -> Iterator[tuple[str, Item]]:
     """(key, item) of the rows of one shard, in the order in which they are written."""
     name = rows_name(group)
     if place.is_local:

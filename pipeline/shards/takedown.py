@@ -24,7 +24,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.files import split_file
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import DenyList, find_about
+from pipeline.shards.deny import DenyListWriter, find_about
 from pipeline.shards.layout import sample_key
 from pipeline.shards.manifest import ShardRecord, read_manifest
 from pipeline.shards.passes import over_shards
@@ -77,7 +77,7 @@ def take_down(directory: Storage, lists: Sequence[str], workers: int | None = No
     made_of, about = {"dataset": manifest.hash, "lists": listed.hash}, find_about(directory, NAME)
     if about is None or not made_of.items() <= about.items():
         matched = np.zeros(listed.count, dtype=bool)
-        with DenyList(directory, NAME, {"by": pa.string()}) as out:
+        with DenyListWriter(directory, NAME, {"by": pa.string()}) as out:
             found = over_shards("takedown", directory, match_shard, (directory, listed), lambda: f"{out.rows:,} taken down", workers)
             for rows, entries in found:
                 out.add(rows)

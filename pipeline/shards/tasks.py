@@ -23,7 +23,7 @@ _AT_ONCE = (ConfigError, CredentialsError)  # what every piece would meet
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Job:
     units: int
     arguments: tuple[Any, ...]
     attempt: int = 1
@@ -70,8 +70,8 @@ def run_tasks(
     if total is None:
         assert isinstance(jobs, Sized), "where nobody says how much there is, it can be counted"
         total = done + sum(count for count, _ in jobs)
-    waiting, again = iter(_Piece(*job) for job in jobs), list[_Piece]()
-    running: dict[ray.ObjectRef, _Piece] = {}
+    waiting, again = iter(_Job(*job) for job in jobs), list[_Job]()
+    running: dict[ray.ObjectRef, _Job] = {}
     failed: dict[str, BaseException] = {}
     with progress.Progress(label, total, unit, done) as shown:
         while True:
@@ -93,7 +93,7 @@ def run_tasks(
                     if not persist or isinstance(error, _AT_ONCE):
                         raise error from e
                     if piece.attempt < _ATTEMPTS and not isinstance(error, DataError):
-                        again.append(_Piece(piece.units, piece.arguments, piece.attempt + 1))
+                        again.append(_Job(piece.units, piece.arguments, piece.attempt + 1))
                     else:
                         failed[piece.name] = error
                     continue

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import DenyList, list_name
+from pipeline.shards.deny import DenyListWriter, list_name
 from pipeline.shards.dropped import DENIED
 
 LIST = "source"
@@ -44,7 +44,7 @@ def withdraw(directory: Storage, place: Storage) -> None:
     if not names:
         directory.remove(list_name(LIST))
         return
-    with DenyList(directory, LIST, {}) as out:
+    with DenyListWriter(directory, LIST, {}) as out:
         for name in names:
             out.add(pq.read_table(io.BytesIO(place.read(f"{_PLACE}/{name}"))))
         say(f"shard        {out.publish({}):,} samples are withdrawn: the source has denied them since")

@@ -17,10 +17,9 @@ import pyarrow as pa
 from pipeline.config.shard import Contamination
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import DenyList, find_about, name_for
+from pipeline.shards.deny import DenyListWriter, find_about, name_for
 from pipeline.shards.digests import DigestTable
-from pipeline.shards.duplicates.near import find_matches
-from pipeline.shards.duplicates.records import (
+from pipeline.shards.duplicates.dataset import (
     Hashes,
     Part,
     Range,
@@ -32,6 +31,7 @@ from pipeline.shards.duplicates.records import (
     read_hashes,
     shard_parts,
 )
+from pipeline.shards.duplicates.near import find_matches
 from pipeline.shards.manifest import read_manifest
 
 NAME = "contamination"
@@ -88,7 +88,7 @@ def find_contamination(
     directory.remove(file)  # what it says is no longer so
     parts, audits = shard_parts(directory), list[dict[str, Any]]()
     denied = {p.split: {"exact": 0, "near": 0} for p in sorted(parts, key=lambda p: p.split)}
-    with DenyList(directory, name, _REASONS) as out:
+    with DenyListWriter(directory, name, _REASONS) as out:
         for config, about in zip(configs, wanted, strict=True):
             audits.append(about | _compare(directory, parts, config, out, workers, images))
         out.publish(asked, lambda rows: _count_ours(denied, rows.group_by("key").aggregate([("split", "min"), ("exact", "max")])))
@@ -103,7 +103,7 @@ def _asked(audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _compare(
-    directory: Storage, parts: list[Part], config: Contamination, out: DenyList, workers: int | None, images: int
+    directory: Storage, parts: list[Part], config: Contamination, out: DenyListWriter, workers: int | None, images: int
 ) -> dict[str, Any]:
     """The audit of one set; what of ours goes because of it is added to the list."""
     from pipeline.shards import tasks  # Ray comes with it, of which a plan has no need

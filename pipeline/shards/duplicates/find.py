@@ -24,9 +24,9 @@ from pipeline.config.shard import Duplicates
 from pipeline.core.errors import ConfigError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.deny import DenyList, find_about, name_for
+from pipeline.shards.deny import DenyListWriter, find_about, name_for
+from pipeline.shards.duplicates.dataset import Range, cut, find_json, keys_of, read_hashes, shard_parts, split_by
 from pipeline.shards.duplicates.near import Bits, find_pairs, masks_for, settle
-from pipeline.shards.duplicates.records import Range, cut, find_json, keys_of, read_hashes, shard_parts, split_by
 from pipeline.shards.manifest import read_manifest
 
 NAME = "duplicates"
@@ -73,7 +73,7 @@ def find_duplicates(directory: Storage, config: Duplicates, workers: int | None 
     directory.remove(file)  # what it says is no longer so
     search = _Search(directory, config.near, workers, sizes or Sizes())
     counts: Counter[tuple[str, bool]] = Counter()
-    with DenyList(directory, name, _REASONS) as out:
+    with DenyListWriter(directory, name, _REASONS) as out:
         for table in search.tables():
             for row in table.group_by(["split", "exact"]).aggregate([("key", "count")]).to_pylist():
                 counts[row["split"], row["exact"]] += row["key_count"]

@@ -6,8 +6,8 @@ import pyarrow as pa
 
 from pipeline.core.storage import Storage
 from pipeline.shards.columns import Columns, add_columns, maker_of
+from pipeline.shards.duplicates.dataset import read_columns, shard_parts
 from pipeline.shards.duplicates.phash import PHASH, perceptual_hash
-from pipeline.shards.duplicates.records import read_columns, shard_parts
 from pipeline.shards.rows import Row
 
 

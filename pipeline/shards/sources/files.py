@@ -123,7 +123,7 @@ def open_parquet(directory: Storage, name: str, size: int) -> pq.ParquetFile:
         return pq.ParquetFile(io.BufferedReader(Ranges(directory, name, size), _BUFFER), buffer_size=_BUFFER)
 
 
-def read_rows(directory: Storage, name: str, size: int) -> Iterator[dict[str, Any] | BadRow]:
+def table_rows(directory: Storage, name: str, size: int) -> Iterator[dict[str, Any] | BadRow]:
     """A table's rows in order, by column name.
 
     Raises:
@@ -151,7 +151,7 @@ def as_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def column_names(directory: Storage, name: str, size: int) -> list[str]:
-    """Of JSON lines those of the first line. Raises as `read_rows`."""
+    """Of JSON lines those of the first line. Raises as `table_rows`."""
     kind = kind_of(name)
     with explained(name):
         if kind == "parquet":

@@ -25,7 +25,7 @@ from pipeline.shards.sources.files import (
     is_packed,
     kind_of,
     open_parquet,
-    read_rows,
+    table_rows,
 )
 
 _LINES = ("jsonl", "ndjson")
@@ -98,7 +98,7 @@ class TableFiles(Source):
 
     def _first(self, part: Part) -> list[dict[str, Any] | BadRow]:
         with explained(part.name):
-            return list(islice(read_rows(self.storage, part.name, part.bytes), _SAMPLED))
+            return list(islice(table_rows(self.storage, part.name, part.bytes), _SAMPLED))
 
     def mean_bytes(self) -> float:
         return 0.0
@@ -129,7 +129,7 @@ class UrlSource(TableFiles):
             chosen = {**{ours: ours for ours in ("caption", "label")}, **chosen}
         is_text = kind_of(part.name) in ("csv", "tsv")
         number = -1
-        for number, row in enumerate(read_rows(self.storage, part.name, part.bytes)):
+        for number, row in enumerate(table_rows(self.storage, part.name, part.bytes)):
             where = f"{part.name}#{number}"
             if isinstance(row, BadRow):
                 yield Lost(where, "bad-row", f"row {number} of {part.name} {row.detail}")

@@ -25,7 +25,7 @@ from pipeline.core.storage import Storage
 from pipeline.core.units import format_bytes
 from pipeline.shards.__main__ import main
 from pipeline.shards.adopt import AdoptedTar, Options, adopt, adopt_tar
-from pipeline.shards.deny import DenyList
+from pipeline.shards.deny import DenyListWriter
 from pipeline.shards.index import TarIndex
 from pipeline.shards.manifest import INDEX_SCHEMA, Manifest, ShardTable, find_manifest, read_manifest
 from pipeline.shards.tars import End, Tape, Walk
@@ -353,7 +353,7 @@ def test_shards_of_our_own_get_the_index_they_had(tmp_path: Path, make_dataset: 
     stale += ["deny/duplicates-v2.parquet", "deny/contamination.parquet", "deny/score-clip.parquet", ".plan/v1/state.json"]
     for name in stale:  # of versions of the dataset that is replaced
         directory.write(name, b"{}")
-    with DenyList(directory, "takedown", {}) as out:
+    with DenyListWriter(directory, "takedown", {}) as out:
         out.add(pa.table({"key": [gone]}))
         out.publish({})
     (tmp_path / "notes.txt").write_text("not ours")

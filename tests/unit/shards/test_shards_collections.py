@@ -21,7 +21,7 @@ from pipeline.config.schema import StorageSection
 from pipeline.core.errors import DataError, InfrastructureError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job, plan, tasks
-from pipeline.shards.deny import DenyList, find_about
+from pipeline.shards.deny import DenyListWriter, find_about
 from pipeline.shards.fill import fill_shard
 from pipeline.shards.forecast import forecast
 from pipeline.shards.job import make_dataset
@@ -184,7 +184,7 @@ def test_tars_written_anew(tmp_path: Path, make_dataset: Callable[..., Manifest]
 
 def deny(directory: Storage, name: str, numbers: list[int]) -> None:
     """Samples of a dataset that `make_dataset` of the tests has made."""
-    with DenyList(directory, name, {}) as out:
+    with DenyListWriter(directory, name, {}) as out:
         out.add(pa.table({"key": [sample_key(f"train/{n}") for n in numbers]}))
         out.publish({"numbers": numbers})
 

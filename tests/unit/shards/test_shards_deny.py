@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import DataError
 from pipeline.core.storage import Storage
 from pipeline.shards import deny
-from pipeline.shards.deny import DenyList, find_about, list_name
+from pipeline.shards.deny import DenyListWriter, find_about, list_name
 
 REASONS = {"value": pa.float64()}
 
@@ -23,7 +23,7 @@ def rows(*pairs: tuple[str, float | None]) -> pa.Table:
 
 def test_a_list_and_what_it_was_made_of(store: Storage) -> None:
     assert find_about(store, "score-a") is None
-    with DenyList(store, "score-a", REASONS) as out:
+    with DenyListWriter(store, "score-a", REASONS) as out:
         out.add(rows(("c", 1), ("a", None)))
         out.add(rows())
         out.add(rows(("b", 3), ("a", 2)))
@@ -35,7 +35,7 @@ def test_a_list_and_what_it_was_made_of(store: Storage) -> None:
 
 
 def test_an_empty_list_is_a_list(store: Storage) -> None:
-    with DenyList(store, "none", REASONS) as out:
+    with DenyListWriter(store, "none", REASONS) as out:
         out.publish({})
     assert find_about(store, "none") == {"keys": 0}
     assert pq.read_table(pa.BufferReader(store.read(list_name("none")))).column_names == ["key", "value"]
@@ -43,7 +43,7 @@ def test_an_empty_list_is_a_list(store: Storage) -> None:
 
 def test_what_was_not_published_is_not_there(tmp_path: Path) -> None:
     directory = Storage(str(tmp_path))
-    with pytest.raises(RuntimeError), DenyList(directory, "a", REASONS) as out:
+    with pytest.raises(RuntimeError), DenyListWriter(directory, "a", REASONS) as out:
         out.add(rows(("a", 1)))
         raise RuntimeError
     assert directory.names() == []
@@ -69,7 +69,7 @@ def test_the_same_bytes_however_the_rows_come(
     for run, stretch in ((1 << 20, 1 << 20), (60, 5), (1, 1)):  # in memory; in a few runs; each row a run of its own
         directory = Storage(str(tmp_path_factory.mktemp("deny")))
         order.shuffle(pairs)
-        with pytest.MonkeyPatch.context() as patch, DenyList(directory, "x", REASONS) as out:
+        with pytest.MonkeyPatch.context() as patch, DenyListWriter(directory, "x", REASONS) as out:
             for name, value in (("_RUN", run), ("_STRETCH", stretch), ("_GROUP", 7)):
                 patch.setattr(deny, name, value)
             at = 0
@@ -94,9 +94,9 @@ def test_a_long_list_is_sorted_on_disk(tmp_path: Path, monkeypatch: pytest.Monke
     order.shuffle(keys)
     monkeypatch.setattr(deny, "_RUN", 1 << 16)
     monkeypatch.setattr(deny, "_STRETCH", 2000)
-    longest, sort = [], DenyList._sorted
-    monkeypatch.setattr(DenyList, "_sorted", lambda self, tables: (longest.append(sum(map(len, tables))), sort(self, tables))[1])
-    with DenyList(directory, "x", REASONS) as out:
+    longest, sort = [], DenyListWriter._sorted
+    monkeypatch.setattr(DenyListWriter, "_sorted", lambda self, tables: (longest.append(sum(map(len, tables))), sort(self, tables))[1])
+    with DenyListWriter(directory, "x", REASONS) as out:
         for n in range(0, len(keys), 500):
             out.add(rows(*((key, 0.5) for key in keys[n : n + 500])))
         assert len(out._runs) > 5

@@ -18,9 +18,9 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.storage import Storage
 from pipeline.shards import __main__ as command
 from pipeline.shards.duplicates import find
+from pipeline.shards.duplicates.dataset import ordered_splits, shard_parts
 from pipeline.shards.duplicates.find import Sizes, find_duplicates
 from pipeline.shards.duplicates.hashes import ensure_hashes
-from pipeline.shards.duplicates.records import ordered_splits, shard_parts
 from pipeline.shards.duplicates.stage import treat_copies
 from pipeline.shards.manifest import Manifest, ShardRecord, publish, read_manifest
 from pipeline.stream import open_dataset

@@ -13,7 +13,7 @@ from pipeline.core.errors import DataError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import job
 from pipeline.shards import manifest as manifests
-from pipeline.shards.deny import DenyList
+from pipeline.shards.deny import DenyListWriter
 from pipeline.shards.job import dataset_fingerprint, make_dataset
 from pipeline.shards.manifest import find_manifest, read_manifest, read_shards
 
@@ -82,7 +82,7 @@ def test_a_finished_dataset_is_kept_and_another_replaces_it(tree: Path, tmp_path
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "shards").iterdir() if p.name != ".plan"} == before
 
     for name in ("takedown", "duplicates"):
-        with DenyList(directory, name, {}) as out:
+        with DenyListWriter(directory, name, {}) as out:
             out.add(pa.table({"key": ["a" * 20]}))
             out.publish({})
     second, metrics = make_dataset(config(tree, splits={"all": 1.0}, size="10 MiB"), directory)

@@ -22,7 +22,7 @@ from pipeline.shards.division import Division, source_bounds
 from pipeline.shards.forecast import forecast, forecast_of
 from pipeline.shards.listing import list_rows
 from pipeline.shards.plan import CHUNK, SPILL_BYTES
-from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, read_rows, settle_rows
+from pipeline.shards.shuffle import Earlier, Rule, arrange_rows, planned_rows, settle_rows
 from pipeline.shards.sources import Survey, UrlSource
 from pipeline.shards.spill import Spilt
 
@@ -193,7 +193,7 @@ def test_a_shuffle_on_any_store(store: Storage, tmp_path: Path, shuffle: bool) -
     found, splits = list[str](), list[str]()
     for group, part in enumerate(cut):
         for row_group, (split, rows, _) in enumerate(part["shards"]):
-            items = [item.path for _, item in read_rows(store, group, row_group)]
+            items = [item.path for _, item in planned_rows(store, group, row_group)]
             assert len(items) == rows <= 20
             found += items
             splits += [split] * rows

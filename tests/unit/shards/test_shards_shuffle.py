@@ -17,7 +17,7 @@ from pipeline.core.storage import Storage
 from pipeline.shards import division, forecast, plan
 from pipeline.shards.listing import list_rows
 from pipeline.shards.plan import Header, Planner, moves
-from pipeline.shards.shuffle import Earlier, Rule, divide_rows, read_rows, settle_rows
+from pipeline.shards.shuffle import Earlier, Rule, divide_rows, planned_rows, settle_rows
 from pipeline.shards.sources import UrlSource, open_source
 from pipeline.shards.spill import Spilt
 
@@ -45,7 +45,7 @@ def planned(section: dict[str, Any], place: Storage, workers: int) -> tuple[str,
     source = open_source(shard.source)
     survey = source.survey()
     made = Planner(shard, source, Header(1, "config", "source", survey.stamp, []), survey.rows, Earlier(), place, workers).plan({})
-    rows = [(name, key, item.path) for _, (name, _, *at) in made.jobs() for key, item in read_rows(place, *at)]
+    rows = [(name, key, item.path) for _, (name, _, *at) in made.jobs() for key, item in planned_rows(place, *at)]
     told = [made.table.to_pylist(), rows, made.header.read, made.header.dropped, made.header.named]
     assert len(rows) + sum(made.header.dropped.values()) == made.header.read == ROWS
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16], [(name, path) for name, _, path in rows]

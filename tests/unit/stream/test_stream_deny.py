@@ -20,7 +20,7 @@ from pipeline.config.data import Bound, Data
 from pipeline.core.errors import CheckpointError, DataError
 from pipeline.core.storage import Storage
 from pipeline.core.world import World
-from pipeline.shards.deny import DenyList, own_lists
+from pipeline.shards.deny import DenyListWriter, own_lists
 from pipeline.shards.manifest import Manifest
 from pipeline.stream import Dataset, open_collection, open_dataset, open_stream
 from pipeline.stream.deny import Keys, lists_of
@@ -49,7 +49,7 @@ def texts(dataset: Dataset) -> list[int]:
 
 
 def publish(directory: Storage, name: str, keys: list[str]) -> None:
-    with DenyList(directory, name, {"why": pa.string()}) as out:
+    with DenyListWriter(directory, name, {"why": pa.string()}) as out:
         if keys:
             out.add(pa.table({"key": keys, "why": ["it"] * len(keys)}))
         out.publish({"n": len(keys)})
