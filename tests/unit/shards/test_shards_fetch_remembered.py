@@ -126,7 +126,7 @@ def test_a_shard_that_fails_leaves_no_downloads_under_way(
         next(samples)
         raise OSError("no space left")
 
-    monkeypatch.setattr(fill, "read_rows", lambda *_: rows)
+    monkeypatch.setattr(fill, "planned_rows", lambda *_: rows)
     monkeypatch.setattr(fill, "write_shard", breaks)
     filling, place = Filling(UrlSource("list.csv", {}), Recipe(), config(robots=False), [], 1), Storage(str(tmp_path))
     with pytest.raises(OSError, match="no space") as caught:  # and holds, as long as it lives, all that the shard's frames hold
