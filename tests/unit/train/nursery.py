@@ -35,10 +35,12 @@ def main() -> None:
         codes: dict[int, int] = {}
         while len(codes) < len(ranks):
             pid, status = os.wait()
-            codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
-            if codes[ranks[pid]]:
-                for other, rank in ranks.items():
-                    if rank not in codes:
+            if (rank := ranks.get(pid)) is None:  # what an import has started, and never waited for
+                continue
+            codes[rank] = os.waitstatus_to_exitcode(status)
+            if codes[rank]:
+                for other, its in ranks.items():
+                    if its not in codes:
                         os.kill(other, signal.SIGKILL)
         print(json.dumps(codes), flush=True)
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,20 @@ class _Nursery:
     def ask(self, group: dict[str, Any], seconds: int) -> dict[str, int]:
         """Exit codes, by rank; it ends with this process, which holds its input."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{json.dumps(group)}\n")
-        self.process.stdin.flush()
-        if not select.select([self.process.stdout], [], [], seconds)[0] or not (line := self.process.stdout.readline()):
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        try:
+            self.process.stdin.write(f"{json.dumps(group)}\n")
+            self.process.stdin.flush()
+            is_answered = bool(select.select([self.process.stdout], [], [], seconds)[0])
+            assert is_answered, f"no answer within {seconds} s: {group['said']} may tell more"
+            line = self.process.stdout.readline()
+            assert line, "nursery.py has ended; what it said stands above"
+            return json.loads(line)
+        except BaseException:  # such as a test's own time limit: the next test must not get the answer to this one
             _Nursery.open.cache_clear()
-            raise AssertionError(f"no answer within {seconds} s: {group['said']} may tell more")
-        return json.loads(line)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise
 
 
 def _environment() -> dict[str, str]:
