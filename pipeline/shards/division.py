@@ -66,6 +66,8 @@ def source_bounds(marks: list[list[int]], groups: int) -> list[int]:
     counts = row[is_last]
     ends = np.cumsum(counts)
     total = int(counts.sum())
+    if not total:  # an estimate had promised some
+        return [0]
     firsts = [total * n // groups for n in range(groups)]
     places = np.concatenate([[0], row + np.repeat(ends - counts, np.diff(np.flatnonzero(is_last), prepend=-1))])
     lengths = np.concatenate([[0], np.cumsum(size)])

@@ -35,7 +35,8 @@ def list_rows(name: str, first: int, parts: list[Part], source: Source, rule: Ru
             if gathered.is_full:
                 marks.append([number, count, gathered.new_bytes()])
                 gathered.compress()
-        marks.append([number, count, gathered.new_bytes()])
+        if [number, count] != (marks[-1][:2] if marks else []):
+            marks.append([number, count, gathered.new_bytes()])
     return {"marks": marks, "ignored": ignored, "classes": sorted(classes), "spills": gathered.finish()}
 
 

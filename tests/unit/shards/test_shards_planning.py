@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from launch.submit import main
 from pipeline.config.shard import Shard
 from pipeline.core.storage import Storage
-from pipeline.shards.division import Division, source_bounds
+from pipeline.shards.division import PARTS_BIT, Division, source_bounds
 from pipeline.shards.forecast import forecast, forecast_of
 from pipeline.shards.listing import list_rows
 from pipeline.shards.plan import CHUNK, SPILL_BYTES
@@ -200,6 +200,18 @@ def test_a_shuffle_on_any_store(store: Storage, tmp_path: Path, shuffle: bool) -
     assert sorted(found) == sorted(f"http://a/{n}" for n in range(300)) and set(splits) == {"train", "test"}
     train = [int(path.rpartition("/")[2]) for path, split in zip(found, splits, strict=True) if split == "train"]
     assert (train == sorted(train)) == (not shuffle)
+
+
+def test_marks_of_parts_that_end_where_a_chunk_does(tmp_path: Path) -> None:
+    """Each place is marked once, so that rows between two marks are as long as they are; and a source may hold no row at all."""
+    for n in range(2):
+        pq.write_table(pa.table({"url": [f"http://a/{n}/{m}" for m in range(32)]}), tmp_path / f"{n}.parquet")
+    source = UrlSource(str(tmp_path), {})
+    rule = Rule({"train": 1.0}, 2**28, 20, True, False, 64, SPILL_BYTES, 1000)
+    found = list_rows("0", 0, source.parts(), source, rule, Division.into(1), Storage(str(tmp_path / "out")))
+    assert [mark[:2] for mark in found["marks"]] == [[0, 32], [1, 32]] and found["marks"][0][2] == found["marks"][1][2]
+    assert source_bounds(found["marks"], 2) == [0, 1 << PARTS_BIT]
+    assert source_bounds([[0, 0, 0], [1, 0, 0]], 3) == [0]
 
 
 def test_a_plan_says_what_sharding_takes(tmp_path: Path) -> None:
