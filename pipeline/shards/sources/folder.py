@@ -50,6 +50,9 @@ class FolderSource(Source):
                 raise DataError(f"shard.source.url: there is no folder {self.storage.url}")
             if not found and not self.storage.fs.isdir(self.storage.path):
                 raise DataError(f"shard.source.url: {self.storage.url} is a file, this names a folder of images")
+            if "" in folders:  # S3 has such keys, and a folder of that name cannot be told from the one that it is in
+                url = self.storage.url
+                raise DataError(f"shard.source.url: {url} has objects below an empty name ({url}//..), rename them")
             return [Part("", 0), *(Part(name, 0) for name in sorted(folders))]
 
     def survey(self) -> Survey:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,18 @@ def test_folders_on_any_store(any_store: Storage, monkeypatch: pytest.MonkeyPatc
     ]  # fmt: skip
     source.storage = any_store / "a.png"
     with pytest.raises(DataError, match=r"is a file, this names a folder|there is no folder"):
+        source.parts()
+
+
+def test_a_folder_without_a_name_is_refused(s3: tuple[str, Callable[[], str]]) -> None:
+    """Keys may have two slashes in a row: below the first level these are images as others are."""
+    store = Storage(f"{s3[1]()}/in", s3[0])
+    for name in ("a.png", "cat//b.png"):
+        store.write(name, b"12345")
+    source = FolderSource(store.url, s3[0])
+    assert [(i.path, i.class_name) for i in listed(source)[0]] == [("a.png", None), ("cat//b.png", "cat")]
+    store.write("/c.png", b"12345")
+    with pytest.raises(DataError, match=r"^shard.source.url: s3://.*/in has objects below an empty name \(s3://.*/in//..\), rename them$"):
         source.parts()
 
 
