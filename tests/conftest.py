@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import socket
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,3 +152,27 @@ def make_dataset() -> Callable[..., Manifest]:
         return manifest
 
     return make
+
+
+def _mounted(path: Path, options: str) -> Iterator[Path]:
+    path.mkdir()
+    done = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True)
+        if os.getuid() == 0
+        else None
+    )
+    if done is None or done.returncode:
+        pytest.skip(f"mounting is not permitted here ({done.stderr.strip() if done else 'not root'})")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Has room for 64 KiB."""
+    yield from _mounted(tmp_path / "disk", "size=64k")
+
+
+@pytest.fixture
+def sealed_disk(tmp_path: Path) -> Iterator[Path]:
+    yield from _mounted(tmp_path / "disk", "ro,size=64k")

@@ -1,10 +1,16 @@
-"""One file at a URL, such as a vocabulary or a list of keys, on anything that fsspec reads, the web among it."""
+"""One file at a URL, such as a vocabulary or a list of keys, on anything that fsspec reads, the web among it; and temporary
+files."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 
-from pipeline.core.errors import DataError, UserError
+from pipeline.core.errors import DataError, StorageError, UserError
 from pipeline.core.storage import Storage
 
 
@@ -31,3 +37,23 @@ def read_checked(url: str, sha256: str | None = None, endpoint: str | None = Non
     if sha256 is not None and found != sha256.strip().lower():
         raise DataError(f"{url}: this is another file, its sha256 is {found} and {sha256} was expected")
     return data
+
+
+@contextmanager
+def in_tmpdir(what: str) -> Iterator[None]:
+    """Raises StorageError where the operating system refuses to take `what` in TMPDIR."""
+    try:
+        yield
+    except OSError as e:
+        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
+        raise StorageError(f"{what}: cannot write here what is being put together, {why} (TMPDIR names another place)") from e
+
+
+def write_whole(file: FileIO, data: bytes | memoryview) -> int:
+    """All of `data` to a file in TMPDIR, which has no buffer, since that would fail anew on closing. Gives its length. Raises as
+    `in_tmpdir`."""
+    left = memoryview(data)
+    with in_tmpdir(file.name if isinstance(file.name, str) else tempfile.gettempdir()):
+        while left:
+            left = left[file.write(left) :]  # it may take a part
+    return len(data)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.config.shard import Fetch, Shard
 from pipeline.core.errors import ConfigError, InfrastructureError
+from pipeline.core.files import write_whole
 from pipeline.core.functions import source_hash
 from pipeline.core.storage import Storage
 from pipeline.shards.dropped import UNANSWERED, Dropped
@@ -125,13 +126,13 @@ def in_order(arriving: Iterator[tuple[int, Sample | Dropped]], count: int, held:
     waiting: dict[int, Sample | Dropped] = {}
     outside: dict[int, tuple[int, int]] = {}  # where in the file the image is
     following = size = end = 0
-    with tempfile.TemporaryFile(prefix="tessera-shard-") as file:
+    with tempfile.TemporaryFile(prefix="tessera-shard-", buffering=0) as file:
         for number, sample in arriving:
             if number != following and isinstance(sample, Sample):
                 length = len(sample.image.data)
                 if size + length > held:
                     file.seek(end)
-                    file.write(sample.image.data)
+                    write_whole(file, sample.image.data)
                     outside[number], end = (end, length), end + length
                     sample = replace(sample, image=replace(sample.image, data=b""))
                 else:

@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.core.files import in_tmpdir
 from pipeline.core.storage import Storage
 from pipeline.shards.division import ROW_BYTES, Division
 from pipeline.shards.layout import cut_by_bytes, cut_by_rows, split_of
@@ -221,12 +222,14 @@ def _cut(rows: _Rows, order: pa.Table, group: int, rule: Rule, mixed: bool, plac
 def _write_parquet(place: Storage, name: str, schema: pa.Schema, groups: Iterator[pa.Table]) -> None:
     """A row group a table, each of which is given back before the next one is made."""
     with tempfile.NamedTemporaryFile(prefix="tessera-rows-") as file:
-        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+        with (
+            in_tmpdir(tempfile.gettempdir()),
+            pq.ParquetWriter(file.name, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
+        ):
             for table in groups:
                 writer.write_table(table, row_group_size=max(1, len(table)))
                 del table
                 pa.default_memory_pool().release_unused()
-        file.flush()
         place.put(Path(file.name), name)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.core.errors import StorageError
+from pipeline.core.files import in_tmpdir, write_whole
 from pipeline.models.formats.lazy import Lazy, Read
 
 AT_ONCE = 64 << 20  # bytes of tensors that are read together; a larger one is read alone
@@ -57,30 +54,12 @@ def write_file(path: Path, tensors: Mapping[str, Lazy], read: Read, told: Callab
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     with in_tmpdir(str(path)):
-        file = open(path, "wb", buffering=0)  # noqa: SIM115  closed below; without a buffer, since that would fail anew on closing
+        file = open(path, "wb", buffering=0)  # noqa: SIM115  closed below
     with file:
-        _write(file, _header(ordered))
+        write_whole(file, _header(ordered))
         for batch in _batches(ordered):
             for made in _make(batch, read):
-                told(_write(file, made.view(-1).view(torch.uint8).numpy().data))
-
-
-def _write(file: FileIO, data: bytes | memoryview) -> int:
-    left = memoryview(data)
-    with in_tmpdir(str(file.name)):
-        while left:
-            left = left[file.write(left) :]  # it may take a part
-    return len(data)
-
-
-@contextmanager
-def in_tmpdir(what: str) -> Iterator[None]:
-    """Raises StorageError where the operating system refuses to take `what` in TMPDIR."""
-    try:
-        yield
-    except OSError as e:
-        why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        raise StorageError(f"{what}: cannot write here what is being put together, {why} (TMPDIR names another place)") from e
+                told(write_whole(file, made.view(-1).view(torch.uint8).numpy().data))
 
 
 def _make(batch: Mapping[str, Lazy], read: Read) -> Iterator[torch.Tensor]:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.core.errors import ConfigError, CredentialsError, StorageError, choose
+from pipeline.core.files import in_tmpdir
 from pipeline.core.progress import say
 from pipeline.core.retry import insist
 from pipeline.core.storage import Storage
@@ -16,7 +17,7 @@ from pipeline.models.formats import hf_export, open_clip_export, timm_export
 from pipeline.models.formats.exported import Exported, Seen
 from pipeline.models.formats.keys import listed
 from pipeline.models.formats.lazy import State, state_of
-from pipeline.models.formats.weights import in_tmpdir, is_of, split, write_file
+from pipeline.models.formats.weights import is_of, split, write_file
 from pipeline.models.model import Model
 
 TARGETS: dict[str, Callable[[Model, State, Seen], Exported]] = {

@@ -260,29 +260,6 @@ def test_an_upload_cut_off_leaves_nothing(s3: S3, tmp_path: Path) -> None:
     assert proxy.cut >= 1 and list(direct.walk()) == []
 
 
-def _mounted(path: Path, options: str) -> Iterator[Path]:
-    path.mkdir()
-    done = (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True)
-        if os.getuid() == 0
-        else None
-    )
-    if done is None or done.returncode:
-        pytest.skip(f"mounting is not permitted here ({done.stderr.strip() if done else 'not root'})")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    yield from _mounted(tmp_path / "disk", "size=64k")
-
-
-@pytest.fixture
-def sealed_disk(tmp_path: Path) -> Iterator[Path]:
-    yield from _mounted(tmp_path / "disk", "ro,size=64k")
-
-
 def test_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(os.urandom(200_000))
     store = Storage(str(small_disk))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.shard import Shard
+from pipeline.core.errors import StorageError
 from pipeline.core.storage import Storage
-from pipeline.shards import division, forecast, plan
+from pipeline.shards import division, fill, forecast, plan, shuffle
+from pipeline.shards.images import Checked
 from pipeline.shards.listing import list_rows
 from pipeline.shards.plan import Header, Planner, moves
+from pipeline.shards.samples import Sample
 from pipeline.shards.shuffle import Earlier, Rule, divide_rows, planned_rows, settle_rows
-from pipeline.shards.sources import UrlSource, open_source
+from pipeline.shards.sources import UrlSource, open_source, sorting
 from pipeline.shards.spill import Spilt
 
 ROWS = 1500
@@ -120,3 +125,18 @@ def test_reads_are_as_the_forecast_says(tables: dict[str, str], tmp_path: Path, 
     monkeypatch.setattr(forecast, "SPILL_BYTES", rule.spill)
     assert place.reads == pytest.approx(forecast.requests_of(len(spills), size, ranges), rel=0.3)
     assert fan == 128 or place.reads < 0.7 * 2 * len(spills) * 36
+
+
+def test_a_full_disk_of_temporary_files_is_one_sentence(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    keys = pa.table({"key": [os.urandom(20).hex() for _ in range(5000)]})
+    image = Checked(os.urandom(200_000), "jpg", 8, 8)
+    arriving = [(n, Sample(f"{n}", image, -1, None, b"{}")) for n in (1, 0)]
+    for call in (
+        lambda: list(sorting.in_order(((f"{n}",) for n in range(50_000)), lambda row: row[0], 1000)),
+        lambda: shuffle._write_parquet(Storage(str(tmp_path)), "known", shuffle.KNOWN, iter([keys])),
+        lambda: list(fill.in_order(iter(arriving), 2, 1000)),
+    ):
+        with pytest.raises(StorageError, match=r"/disk: cannot write here .*, the disk is full \(TMPDIR names another place\)$"):
+            call()
+    assert not list(small_disk.iterdir()) and not (tmp_path / "known").exists()
