@@ -15,7 +15,8 @@ Before the manifest is published, doubtful shards are read, and compared with th
 Why it holds: what was written is listed, on all stores. So of two executions one at least finds the mark of the other as it begins, and has
 made the shard doubtful before it publishes anything: none that two have written escapes the comparison. That takes the record which the
 table will have, compares the tar by its sha256, and the index with one that is made anew of that tar. What is left is an execution that
-stands still between its second look and its last write, from before the other began until the whole job has ended.
+stands still between its second look and its last write, from before the other began until the whole job has ended; or, where its plan was
+thrown away meanwhile and its mark with it, until another of a new plan has written the shard of its name.
 """
 
 from __future__ import annotations

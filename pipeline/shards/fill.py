@@ -22,7 +22,7 @@ from pipeline.shards.samples import Recipe, Sample, make_sample, printable
 from pipeline.shards.shuffle import Rule, first_rows, planned_rows
 from pipeline.shards.sources import Item, Source
 from pipeline.shards.spill import Spilt
-from pipeline.shards.writer import write_shard
+from pipeline.shards.writer import OTHER_PLACE, room_explained, write_shard, write_whole
 
 STAGE = "fill"  # of the job: where shards have their records
 PROBED = 256  # rows
@@ -54,7 +54,8 @@ class Filling:
         name = self.recipe.filter
         if name is not None and source_hash("shard.filter", name) != self.filter_source:
             raise ConfigError(
-                f"shard.filter: the source code of {name} is not what it was when the job began, or where; the same command begins anew"
+                f"shard.filter: the source code of {name} is not what it was when the job began: it was changed since, and the same "
+                "command begins anew, or this machine has another copy"
             )
 
 
@@ -125,13 +126,14 @@ def in_order(arriving: Iterator[tuple[int, Sample | Dropped]], count: int, held:
     waiting: dict[int, Sample | Dropped] = {}
     outside: dict[int, tuple[int, int]] = {}  # where in the file the image is
     following = size = end = 0
-    with tempfile.TemporaryFile(prefix="tessera-shard-") as file:
+    with tempfile.TemporaryFile(prefix="tessera-shard-", buffering=0) as file:
         for number, sample in arriving:
             if number != following and isinstance(sample, Sample):
                 length = len(sample.image.data)
                 if size + length > held:
-                    file.seek(end)
-                    file.write(sample.image.data)
+                    with room_explained(tempfile.gettempdir(), f"images that came before their turn do not fit{OTHER_PLACE}"):
+                        file.seek(end)
+                        write_whole(file, sample.image.data)
                     outside[number], end = (end, length), end + length
                     sample = replace(sample, image=replace(sample.image, data=b""))
                 else:
