@@ -11,7 +11,7 @@ web each makes other bytes, and stores have neither a rename nor, all of them, w
 Whoever finds a record, written last by another, has that one's result for its own.
 
 Before the manifest is published, doubtful shards are read, and compared with their records; what is not of one piece is made anew. Shards
-that were under way when a machine died are doubtful too: it is read what they have, 400 MB/s.
+that were under way when a machine died are doubtful too; they are read whole, at some 400 MB/s.
 
 Why it holds: what was written is listed, on all stores. So of two executions one at least finds the mark of the other as it begins, and has
 made the shard doubtful before it publishes anything: none that two have written escapes the comparison. That takes the record which the
