@@ -10,12 +10,14 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from pipeline.core.errors import InfrastructureError, StorageError
 from pipeline.core.progress import say
+from pipeline.core.storage import Storage
 
 T = TypeVar("T")
 
 ATTEMPTS = 8  # with the pauses below: half a minute on average, over a minute at most, beside the store's own time
 _PAUSE, _LONGEST = 0.25, 15.0  # seconds; the k-th pause is uniform in [0, min(_LONGEST, _PAUSE 2^k)] ("full jitter")
 _GONE = 2  # attempts where the store says that there is no such object
+_PATIENCE = 15.0  # seconds with a store that fails while one file of many is read
 
 
 def retrying(what: str, action: Callable[[], T]) -> T:
@@ -56,6 +58,14 @@ def insist(action: Callable[[], T], patience: float, told: Callable[[str], None]
         before_sleep=lambda state: _tell_some(told, state),
         reraise=True,
     )(action)
+
+
+def patiently(directory: Storage, name: str, action: Callable[[], T]) -> T:
+    """The result of `action`, which reads `name`, one file of many: a store is asked again for 15 seconds, a file system is not. Raises as
+    `insist`."""
+    if directory.is_local:
+        return action()
+    return insist(action, _PATIENCE, lambda told: say(f"warning: reading data {directory.url}/{name} failed ({told})"))
 
 
 def _tell_some(told: Callable[[str], None], state: RetryCallState) -> None:

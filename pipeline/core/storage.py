@@ -153,7 +153,7 @@ class Storage:
     def names(self, key: str = "") -> list[str]:
         """Sorted names of what lies directly in a directory; empty where there is none."""
         with self._explained("list", key):
-            return stores.names(self.fs, self._at(key))
+            return stores.names(self.fs, self.protocol, self._at(key))
 
     def scan(self, deep: bool = False) -> Iterator[tuple[str, int | None]]:
         """What `stores.scan` says of this directory; nothing where there is none."""
@@ -218,7 +218,7 @@ class Storage:
     def remove(self, key: str = "") -> None:
         """Remove an object, or a directory and all below it; nothing happens where there is none."""
         with self._explained("remove", key), suppress(FileNotFoundError):
-            self.fs.rm(self._at(key), recursive=True)
+            stores.remove(self.fs, self.protocol, self._at(key))
 
     def abort_uploads(self, prefix: str) -> int:
         """Give up what a killed process left of uploads to S3, in parts, of keys that begin with `prefix`; tells how many there were. Such

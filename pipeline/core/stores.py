@@ -43,9 +43,11 @@ def head(fs: Any, protocol: str, path: str) -> Head:
     return Head(int(info["size"]), bytes(raw).hex() if raw else None)
 
 
-def names(fs: Any, path: str) -> list[str]:
+def names(fs: Any, protocol: str, path: str) -> list[str]:
     """Sorted names of what lies directly at `path`."""
     try:
+        if protocol in S3:  # s3fs would hold a kilobyte of each
+            return sorted(name for name, _ in _scan_s3(fs, path, deep=False))
         return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
@@ -70,18 +72,44 @@ def scan(fs: Any, protocol: str, path: str, deep: bool) -> Iterator[tuple[str, i
 
 
 def _scan_s3(fs: Any, path: str, deep: bool) -> Iterator[tuple[str, int | None]]:
+    _, key, _ = fs.split_path(path)
+    prefix = f"{key}/" if key else ""
+    for told in _pages_s3(fs, path, deep):
+        yield from ((found["Prefix"].removeprefix(prefix).rstrip("/"), None) for found in told.get("CommonPrefixes", []))
+        for found in told.get("Contents", []):
+            if not found["Key"].endswith("/"):
+                yield found["Key"].removeprefix(prefix), int(found["Size"])
+
+
+def _pages_s3(fs: Any, path: str, deep: bool) -> Iterator[dict[str, Any]]:
+    """What S3 tells of what lies at, or where `deep` anywhere below `path`."""
     bucket, key, _ = fs.split_path(path)
     prefix = f"{key}/" if key else ""
     asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE} | ({} if deep else {"Delimiter": "/"})
     while True:
         told = fs.call_s3("list_objects_v2", **asked)
-        yield from ((found["Prefix"].removeprefix(prefix).rstrip("/"), None) for found in told.get("CommonPrefixes", []))
-        for found in told.get("Contents", []):
-            if not found["Key"].endswith("/"):
-                yield found["Key"].removeprefix(prefix), int(found["Size"])
+        yield told
         if not told.get("IsTruncated"):
             return
         asked["ContinuationToken"] = told["NextContinuationToken"]
+
+
+def remove(fs: Any, protocol: str, path: str) -> None:
+    """Remove an object, or a directory and all below it. Some stores raise FileNotFoundError where there is none.
+
+    Of S3 a page at a time: s3fs lists all of it first, in a time that grows with the square of the folders (of a million: hours),
+    and does not tell what it could not remove."""
+    if protocol not in S3:
+        fs.rm(path, recursive=True)
+        return
+    bucket, key, _ = fs.split_path(path)
+    for page in _pages_s3(fs, path, deep=True):
+        if found := [{"Key": each["Key"]} for each in page.get("Contents", [])]:
+            told = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": found, "Quiet": True})
+            for error in told.get("Errors", []):
+                raise OSError(f"{error.get('Code')}: {error.get('Key')}: {error.get('Message')}")
+    if key:
+        fs.call_s3("delete_object", Bucket=bucket, Key=key)
 
 
 def _scan_files(fs: Any, path: str, below: str, deep: bool) -> Iterator[tuple[str, int | None]]:

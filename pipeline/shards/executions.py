@@ -10,12 +10,14 @@ web each makes other bytes, and stores have neither a rename nor, all of them, w
 
 Whoever finds a record, written last by another, has that one's result for its own.
 
-Before the manifest is published, doubtful shards are read, and compared with their records; what is not of one piece is made anew.
+Before the manifest is published, doubtful shards are read, and compared with their records; what is not of one piece is made anew. Shards
+that were under way when a machine died are doubtful too; they are read whole, at some 400 MB/s.
 
 Why it holds: what was written is listed, on all stores. So of two executions one at least finds the mark of the other as it begins, and has
 made the shard doubtful before it publishes anything: none that two have written escapes the comparison. That takes the record which the
 table will have, compares the tar by its sha256, and the index with one that is made anew of that tar. What is left is an execution that
-stands still between its second look and its last write, from before the other began until the whole job has ended.
+stands still between its second look and its last write, from before the other began until the whole job has ended; or, where its plan was
+thrown away meanwhile and its mark with it, until another of a new plan has written the shard of its name.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.core.errors import InfrastructureError
+from pipeline.core.progress import Progress
 from pipeline.core.storage import Storage
 from pipeline.shards.table import ShardRecord
 from pipeline.shards.verify import check_shard
@@ -92,6 +95,11 @@ def find_mixed(place: Storage, directory: Storage, records: Mapping[str, ShardRe
             return bool(check_shard(directory, record))
         return directory.exists(name) or directory.exists(ShardRecord(name, "", 0, 0, "").index_name)
 
-    names = place.names(_DOUBTFUL)
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [name for name, mixed in zip(names, pool.map(is_mixed, names), strict=True) if mixed]
+    names, found = place.names(_DOUBTFUL), list[str]()
+    if not names:
+        return found
+    with Progress("compare", len(names), "shards") as shown, ThreadPoolExecutor(_READERS) as pool:
+        for name, mixed in zip(names, pool.map(is_mixed, names), strict=True):
+            found += [name] if mixed else []
+            shown.update()
+    return found

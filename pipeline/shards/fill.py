@@ -55,7 +55,8 @@ class Filling:
         name = self.recipe.filter
         if name is not None and source_hash("shard.filter", name) != self.filter_source:
             raise ConfigError(
-                f"shard.filter: the source code of {name} is not what it was when the job began, or where; the same command begins anew"
+                f"shard.filter: the source code of {name} is not what it was when the job began: it was changed since, and the same "
+                "command begins anew, or this machine has another copy"
             )
 
 

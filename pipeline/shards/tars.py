@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pipeline.core.progress import say
-from pipeline.core.retry import insist
+from pipeline.core.retry import patiently
 from pipeline.core.storage import Storage
 
 _BLOCK = 1 << 23  # bytes asked of the store at once
 _PIECE = 1 << 20
 _HEADERS = 1 << 26  # bytes; no member has more in headers of its own
-_PATIENCE = 15.0  # seconds with a store that fails
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 # What tarfile raises on damaged headers.
 _BROKEN = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
@@ -71,18 +69,14 @@ class Member:
 def read_blocks(directory: Storage, name: str) -> Iterator[bytes]:
     """A file's bytes in order, in blocks. Raises FileNotFoundError, StorageError."""
     start = 0
-    while block := _read_block(directory, name, start):
+    while block := read_piece(directory, name, start, start + _BLOCK):
         yield block
         start += len(block)
 
 
-def _read_block(directory: Storage, name: str, start: int) -> bytes:
-    where = f"data {directory.url}/{name}"
-    return insist(
-        lambda: directory.read_range(name, start, start + _BLOCK),
-        0.0 if directory.is_local else _PATIENCE,
-        lambda told: say(f"warning: reading {where} failed ({told})"),
-    )
+def read_piece(directory: Storage, name: str, start: int, end: int) -> bytes:
+    """Bytes `start` up to `end` of a file, fewer at its end. Raises FileNotFoundError, StorageError."""
+    return patiently(directory, name, lambda: directory.read_range(name, start, end))
 
 
 class Tape:

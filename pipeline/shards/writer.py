@@ -16,7 +16,9 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from pipeline.shards.samples import Sample
 from pipeline.shards.tars import header
 
 _BLOCK = 1 << 20  # bytes that are written at once
-_AHEAD = 8  # blocks indexed and not yet written
+_AHEAD = 1 << 23  # bytes of blocks made and not yet written, and of their images once more, beside the block made last
 _SYNCED = 1 << 25  # bytes after which the disk is told to begin, so that there is little left to wait for at the end
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,9 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
     # Beside its place, so that it is published by its name alone; what a killed process leaves has a name that is no shard's.
     with tempfile.TemporaryDirectory(prefix=".tmp-shard-", dir=directory.path if directory.is_local else None) as folder:
         tar, keys = Path(folder, name), list[str]()
-        try:
+        where, other = (f"storage {directory.url}", "") if directory.is_local else (folder, " (TMPDIR names another place)")
+        with _room_explained(where, f"{name} does not fit{other}"):
             rows, size, digest = _write_tar(tar, samples, keys, directory.is_local, hashed)
-        except OSError as e:
-            if e.errno != errno.ENOSPC:
-                raise
-            where = f"storage {directory.url}" if directory.is_local else folder
-            other = "" if directory.is_local else " (TMPDIR names another place)"
-            raise StorageError(f"{where}: cannot write, the disk is full: {name} does not fit{other}") from e
         if not keys:
             for left in (name, ShardRecord(name, split, 0, 0, "").index_name):
                 directory.remove(left)  # of an attempt that was killed, to which hosts had answered otherwise
@@ -74,22 +72,33 @@ def write_shard(directory: Storage, name: str, split: str, samples: Iterable[Sam
     return WrittenShard(record, smallest(rows), max(row["cls"] for row in rows))
 
 
+@contextmanager
+def _room_explained(where: str, what: str) -> Iterator[None]:
+    """Say of a disk that is full, `where`, `what` that means. Raises StorageError."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        raise StorageError(f"{where}: cannot write, {_FULL[e.errno]}: {what}") from e
+
+
 def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: bool, hashed: bool) -> tuple[list[dict[str, Any]], int, str]:
     """(rows of the index, bytes, sha256) of the tar; `keys` gets those of the samples."""
     digest, index, digests = hashlib.sha256(), TarIndex(hashed=hashed), list[str]()
-    under_way = deque[tuple[Future[None], Future[list[str]]]]()
+    under_way = deque[tuple[int, Future[None], Future[list[str]]]]()  # bytes, and what is done with them
 
     def keep(block: bytes) -> None:
-        left = memoryview(block)
-        while left:  # where the disk is nearly full a part is written, and the next attempt says so
-            left = left[file.write(left) :]
+        _write_whole(file, block)
         digest.update(block)
 
     def settle(most: int) -> None:
-        while len(under_way) > most:
-            kept, hashed_images = under_way.popleft()
+        held = sum(length for length, *_ in under_way)
+        while held > most:
+            length, kept, hashed_images = under_way.popleft()
             kept.result()
             digests.extend(hashed_images.result())
+            held -= length
 
     # This thread does all of Python's work, else threads would wait for each other; the others write, hash and sync whole blocks.
     size, synced, syncing = 0, 0, Future[None]()
@@ -101,9 +110,9 @@ def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: boo
         ThreadPoolExecutor(1) as hasher,
     ):
         for block, images in _blocks(samples, keys, index):
+            settle(_AHEAD)  # of those before it, so that one at least is under way while the next is made
             size += len(block)
-            under_way.append((writer.submit(keep, block), hasher.submit(_digests, images)))
-            settle(_AHEAD)
+            under_way.append((len(block), writer.submit(keep, block), hasher.submit(_digests, images)))
             if sync and size - synced >= _SYNCED and syncing.done():
                 syncing.result()
                 syncing, synced = disk.submit(os.fdatasync, file.fileno()), size
@@ -112,6 +121,13 @@ def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: boo
     assert not index.dropped, f"{path.name}: {index.dropped[:1]}"
     rows = [{**row, "sha256": of_image} for row, of_image in zip(index.rows, digests, strict=True)]
     return rows, size, digest.hexdigest()
+
+
+def _write_whole(file: FileIO, data: bytes) -> None:
+    """Where the disk is nearly full a part is written, and the next attempt says so."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _digests(images: list[bytes]) -> list[str]:

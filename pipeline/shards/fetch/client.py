@@ -234,7 +234,7 @@ def _failure(error: Exception) -> Failed:
         return Failed(_ERRNO.get(error.os_error.errno or 0, "unreachable"), again=True, connected=False)
     if isinstance(error, aiohttp.InvalidURL):
         return Failed("bad-url")
-    if isinstance(error, (aiohttp.ServerConnectionError, aiohttp.ClientOSError, ConnectionError)):
+    if isinstance(error, (aiohttp.ClientConnectionError, ConnectionError)):
         return Failed("reset", again=True)
     if isinstance(error, (aiohttp.ClientResponseError, aiohttp.ClientPayloadError)):
         return Failed("bad-http")

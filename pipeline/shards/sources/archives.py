@@ -31,7 +31,7 @@ from pipeline.shards.dropped import DENIED, Dropped
 from pipeline.shards.keys import Keys, read_keys
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable, stamp_of
 from pipeline.shards.sources.files import explained, find_files
-from pipeline.shards.tars import Tape, read_blocks
+from pipeline.shards.tars import Tape, read_blocks, read_piece
 
 _READERS = 8  # samples read at once
 _AHEAD = 16
@@ -149,10 +149,12 @@ class TarSource(Source):
         name, offset, length, label, *places, crc = item.place
         start = int(offset)
         try:
-            data = self.storage.read_range(str(name), start, start + int(length))
+            data = read_piece(self.storage, str(name), start, start + int(length))
         except FileNotFoundError:
             raise DataError(f"shard.source.url: {name} vanished after it was listed") from None
         except StorageError as e:
+            if self.storage.protocol not in ("http", "https"):
+                self.storage.exists()  # raises where nothing can be read there
             return Dropped("unreadable", printable(str(e)))
         if len(data) < int(length):
             return Dropped("unreadable", f"{name} was cut short after it was listed")

@@ -11,6 +11,7 @@ from itertools import groupby
 
 from pipeline.config.shard import Fetch
 from pipeline.core.errors import CredentialsError, DataError, StorageError
+from pipeline.core.retry import patiently
 from pipeline.shards.dropped import Dropped
 from pipeline.shards.sources.base import Files, Ignored, Item, Lost, Part, Source, Survey, printable
 from pipeline.shards.sources.sorting import in_order
@@ -115,12 +116,15 @@ class FolderSource(Source):
 
     def _read(self, item: Item) -> Files | Dropped:
         try:
-            return Files(self.storage.read(item.path), {suffix: self.storage.read(path) for suffix, path in item.side.items()})
+            return Files(self._bytes(item.path), {suffix: self._bytes(path) for suffix, path in item.side.items()})
         except (FileNotFoundError, StorageError) as e:
             if not self.storage.exists():
                 raise DataError(f"shard.source.url: the folder {self.url} is no longer there") from e
             gone = isinstance(e, FileNotFoundError)
             return Dropped("unreadable", "the file vanished after it was listed" if gone else printable(str(e)))
+
+    def _bytes(self, path: str) -> bytes:
+        return patiently(self.storage, path, lambda: self.storage.read(path))
 
     def _listed(self, part: Part) -> Iterator[tuple[str, int]]:
         """(path relative to the source, bytes) of every file of a part, in no order."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import select
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from adlfs import AzureBlobFileSystem
 
+from pipeline.core import stores
 from pipeline.core.errors import CredentialsError, StorageError
 from pipeline.core.retry import retrying
 from pipeline.core.storage import Storage
@@ -63,6 +65,31 @@ def test_names_walk_remove(store: Storage) -> None:
     assert list(store.walk()) == [("top", 2)]
     store.remove()
     assert store.names() == []
+
+
+def test_s3_is_listed_and_removed_a_page_at_a_time(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_PAGE", 3)
+    store = Storage(s3[1]() + "/store", s3[0])
+    for n in range(8):
+        store.write(f"running/{n}/mark", b"")
+        store.write(f"running/{n}.json", b"{}")
+    store.write("running-not", b"kept")
+    assert store.names("running") == sorted(name for n in range(8) for name in (f"{n}", f"{n}.json"))
+    store.fs.call_s3("put_object", Bucket=store.path.partition("/")[0], Key="store/running/a folder/")
+    store.remove("running")
+    assert [path for path, _ in store.walk()] == ["running-not"]
+
+
+def test_what_s3_does_not_remove_is_told(s3: S3) -> None:
+    """It answers 200, with the errors in the body."""
+    store = Storage(s3[1]() + "/store", s3[0])
+    bucket = store.path.partition("/")[0]
+    store.write("a/b", b"")
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject", "Resource": f"arn:aws:s3:::{bucket}/*"}
+    store.fs.call_s3("put_bucket_policy", Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [deny]}))
+    with pytest.raises(CredentialsError, match=r"storage .*/a: the store refused these credentials, cannot remove"):
+        store.remove("a")
+    assert store.exists("a/b")
 
 
 def test_put_get(store: Storage, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def test_retry_after_in_seconds_and_as_a_date() -> None:
     assert retry_after(format_datetime(later, usegmt=True)) == pytest.approx(3600, abs=60)
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert retry_after("Wed, 99 Oct 2015 07:28:00 GMT") is None
+    for endless in (f"Wed, 21 Oct {10**20} 07:28:00 GMT", f"Wed, 21 Oct 2015 07:28:00 +{10**20}"):
+        assert retry_after(endless) is None
 
 
 def test_pauses_double_vary_and_end_at_patience() -> None:

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.config.shard import Fetch, Shard
-from pipeline.core import stores
-from pipeline.core.errors import ConfigError, DataError, UserError
+from pipeline.core import retry, stores
+from pipeline.core.errors import ConfigError, DataError, StorageError, UserError
 from pipeline.core.storage import Storage
 from pipeline.shards.dropped import Dropped
-from pipeline.shards.sources import Files, FolderSource, Ignored, Item, Source, check_source, open_source, sorting
+from pipeline.shards.images import Checked
+from pipeline.shards.samples import Sample
+from pipeline.shards.sources import Files, FolderSource, Ignored, Item, Source, TarSource, check_source, open_source, sorting
+from pipeline.shards.writer import write_shard
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -172,3 +176,53 @@ def test_items_come_through_json_whatever_they_are_called(tmp_path: Path) -> Non
     for item in [*items, full, Item("x" * 300, 0)]:
         assert Item.decode(item.encode()) == item
     assert [files for _, files in FolderSource(str(tmp_path)).fetch(items, Fetch(), 2**20, 1)] == [Files(b"12345", {})]
+
+
+class Stutters(Storage):
+    """Fails once a name, and where it is `down` always."""
+
+    down = False
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.failed = set[str]()
+
+    def _fail(self, key: str) -> None:
+        if self.down or key not in self.failed:
+            self.failed.add(key)
+            raise StorageError(f"storage {self.url}/{key}: SlowDown")
+
+    def read(self, key: str) -> bytes:
+        self._fail(key)
+        return super().read(key)
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        self._fail(key)
+        return super().read_range(key, start, end)
+
+    def exists(self, key: str = "") -> bool:
+        if self.down:
+            raise StorageError(f"storage {self.url}: nobody answers")
+        return super().exists(key)
+
+
+def test_a_store_that_stutters_costs_no_sample_and_one_that_is_away_none_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo: Callable[..., Image.Image], encoded: Callable[..., bytes]
+) -> None:
+    """What is read is the same then; and a piece of work that finds no store fails, to be tried again."""
+    url = f"memory://{tmp_path.name}-{os.getpid()}"
+    directory = Storage(url)
+    image = encoded(photo(), "PNG")
+    directory.write("pictures/a.png", image)
+    directory.write("pictures/a.txt", b"a caption")
+    write_shard(directory / "tars", "t.tar", "train", [Sample("a", Checked(image, "png", 48, 32), -1, b"a caption", b"{}")])
+    for source in (FolderSource(f"{url}/pictures"), TarSource(f"{url}/tars")):
+        items, _ = listed(source)
+        source.storage = store = Stutters(source.storage.url)
+        ((_, files),) = source.fetch(items, Fetch(), 1 << 20, 1)
+        assert isinstance(files, Files) and (files.image, files.side["txt"]) == (image, b"a caption") and store.failed
+        store.down = True
+        monkeypatch.setattr(retry, "_PATIENCE", 0.0)
+        with pytest.raises(StorageError, match="nobody answers"):
+            list(source.fetch(items, Fetch(), 1 << 20, 1))
+        monkeypatch.undo()

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +21,7 @@ from PIL import Image
 from pipeline.core.errors import DataError, StorageError
 from pipeline.core.storage import Storage
 from pipeline.shards import writer
+from pipeline.shards.fill import in_order
 from pipeline.shards.images import Checked
 from pipeline.shards.layout import sample_key
 from pipeline.shards.manifest import INDEX_SCHEMA
@@ -132,14 +138,74 @@ def test_what_cannot_be_indexed_is_not_published(tmp_path: Path, samples: list[S
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
-    [("", "storage .*: cannot write, the disk is full: a.tar does not fit$"), ("s3://b/c", "a.tar does not fit .TMPDIR")],
+    ("url", "error", "told"),
+    [
+        ("", errno.ENOSPC, "storage .*: cannot write, the disk is full: a.tar does not fit$"),
+        ("s3://b/c", errno.ENOSPC, "a.tar does not fit .TMPDIR"),
+        ("", errno.EDQUOT, "storage .*: cannot write, the disk quota is used up: a.tar does not fit$"),
+    ],
 )
-def test_a_full_disk_is_one_sentence(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, url: str, told: str) -> None:
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, url: str, error: int, told: str
+) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(error, "no room")
 
     monkeypatch.setattr(writer, "_write_tar", full)
     with pytest.raises(StorageError, match=told):
         write_shard(Storage(url or str(tmp_path)), "a.tar", "a", samples)
     assert list(tmp_path.iterdir()) == []
+
+
+class _Full(FileIO):
+    """On a disk with room for some bytes, fewer than the images have."""
+
+    room = 500
+
+    def write(self, data: Any) -> int:
+        part = memoryview(data)[: self.room]
+        if not part:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= len(part)
+        return super().write(part)
+
+
+def test_where_images_wait_for_those_before_them_may_be_another_disk(
+    tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence names the disk that is full: not that of the dataset."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: _Full(tmp_path / "waiting", "w+b"))
+    late = [*enumerate(samples)][::-1]
+    assert list(in_order(iter(late), len(samples), 1 << 20)) == late[::-1]
+
+    def made() -> Iterator[Sample]:
+        for _, sample in in_order(iter(late), len(samples), 0):
+            assert isinstance(sample, Sample)
+            yield sample
+
+    told = rf"^{tmp_path}/waiting: cannot write here what is being put together, the disk is full \(TMPDIR"
+    with pytest.raises(StorageError, match=told):
+        write_shard(Storage(str(tmp_path / "out")), "a.tar", "a", made())
+
+
+def test_large_samples_do_not_pile_up(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks larger than what may wait, one is on its way and one is made."""
+    monkeypatch.setattr(writer, "_BLOCK", 1)
+    monkeypatch.setattr(writer, "_AHEAD", 1)
+    kept, most, real = 0, 0, writer._write_whole
+
+    def keep(file: FileIO, data: bytes) -> None:
+        nonlocal kept
+        time.sleep(0.005)  # longer than it takes to make one
+        real(file, data)
+        kept += 1
+
+    def made() -> Iterator[Sample]:
+        nonlocal most
+        for number, sample in enumerate(samples):
+            most = max(most, number - kept)
+            yield sample
+
+    monkeypatch.setattr(writer, "_write_whole", keep)
+    assert write_shard(Storage(str(tmp_path)), "a.tar", "a", made()) is not None
+    assert most == 1 and kept == len(samples) + 1
