@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.errors import StorageError
+
 S3 = ("s3", "s3a")
 _PART, _MOST_PARTS = 50 << 20, 10_000  # of an upload to S3, as s3fs has them where it is told nothing
 _AT_ONCE = 16 << 20  # bytes
@@ -55,8 +57,11 @@ def names(fs: Any, protocol: str, path: str) -> list[str]:
 
 def scan(fs: Any, protocol: str, path: str, deep: bool) -> Iterator[tuple[str, int | None]]:
     """(name, bytes, None of a directory) of what lies directly at `path`, or where `deep` (path, bytes) of all files below it, in no order.
-    Of files and S3 a page at a time is in memory, of other stores all. Left out are objects that stand for a folder, and directories below
-    that may not be listed. Raises FileNotFoundError."""
+    Of files and S3 a page at a time is in memory, of other stores all. Left out are objects that stand for a folder.
+
+    Raises:
+        FileNotFoundError. StorageError: a directory may not be listed.
+    """
     if protocol in S3:
         yield from _scan_s3(fs, path, deep)
     elif protocol in ("file", "local"):
@@ -112,19 +117,29 @@ def remove(fs: Any, protocol: str, path: str) -> None:
         fs.call_s3("delete_object", Bucket=bucket, Key=key)
 
 
-def _scan_files(fs: Any, path: str, below: str, deep: bool) -> Iterator[tuple[str, int | None]]:
-    """What `fs` tells of each entry, as its own listings do, which hold all of them."""
-    with suppress(NotADirectoryError), os.scandir(path) as found:
+def _scan_files(fs: Any, path: str, below: str, deep: bool, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, int | None]]:
+    """What `fs` tells of each entry, as its own listings do, which hold all of them. A link to a directory is one, but for a link to
+    one of those `above`, or to one that holds them, which would lead round and round."""
+    above |= {os.path.realpath(path)}
+    try:
+        found = os.scandir(path)
+    except NotADirectoryError:
+        return
+    except PermissionError as e:
+        raise StorageError(f"storage {path}: no permission to list") from e
+    with found:
         for entry in found:
             with suppress(FileNotFoundError):  # it vanished meanwhile
-                info = fs.info(entry)
-                if info["type"] != "directory":
-                    yield below + entry.name, int(info["size"])
+                if not entry.is_dir() or (entry.is_symlink() and _holds_one(os.path.realpath(entry.path), above)):
+                    yield below + entry.name, int(fs.info(entry)["size"])
                 elif not deep:
                     yield entry.name, None
                 else:
-                    with suppress(PermissionError):
-                        yield from _scan_files(fs, entry.path, f"{below}{entry.name}/", deep)
+                    yield from _scan_files(fs, entry.path, f"{below}{entry.name}/", deep, above)
+
+
+def _holds_one(directory: str, others: frozenset[str]) -> bool:
+    return any(os.path.commonpath([directory, other]) == directory for other in others)
 
 
 def part_size(size: int) -> int:

@@ -83,16 +83,18 @@ class Plan:
 
     def save(self, place: Storage) -> None:
         sink = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata({"tessera": json.dumps(asdict(self.header))}), sink, compression="zstd")
+        pq.write_table(self.table.replace_schema_metadata({"tessera": json.dumps([_FORM, asdict(self.header)])}), sink, compression="zstd")
         place.write(_FILE, sink.getvalue())
 
 
 def find_plan(place: Storage) -> Plan | None:
+    """None where there is none, or that of another release, which is made anew."""
     try:
         table = pq.read_table(io.BytesIO(place.read(_FILE)))
     except FileNotFoundError:
         return None
-    return Plan(Header(**json.loads(table.schema.metadata[b"tessera"])), table.replace_schema_metadata(None))
+    form, header = found if isinstance(found := json.loads(table.schema.metadata[b"tessera"]), list) else (1, found)
+    return Plan(Header(**header), table.replace_schema_metadata(None)) if form == _FORM else None
 
 
 def number_shards(shards: dict[int, list[list[Any]]], firsts: dict[str, int]) -> pa.Table:

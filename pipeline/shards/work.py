@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 
 from pipeline.core.storage import Storage
@@ -17,6 +18,7 @@ from pipeline.shards.table import ShardTable
 
 WORK = ".plan"
 _STATE = "state.json"
+_WORKED_OUT = re.compile(r"(duplicates|contamination|source|score-.+?)(-v\d+)?\.parquet")  # deny-lists
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def _forget_lists(directory: Storage) -> None:
     """The deny-lists that were worked out of a dataset. A takedown stays, and any other list: keys are those of paths and URLs, so what was
     denied would come back."""
     for name in (directory / DIRECTORY).names():
-        if name.startswith(("duplicates", "contamination", "score-", "source")):
+        if _WORKED_OUT.fullmatch(name):
             (directory / DIRECTORY).remove(name)
 
 

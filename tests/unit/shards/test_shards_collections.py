@@ -235,12 +235,19 @@ def test_what_a_dataset_denies_stays_out_of_what_is_made_of_it(
 
 @pytest.mark.parametrize("named", ["storage", "source"])
 def test_every_url_of_a_config_is_in_its_store(
-    s3: tuple[str, Callable[[], str]], named: str, web: Hostile, image: bytes, make_dataset: Callable[..., Manifest], tmp_path: Path
+    s3: tuple[str, Callable[[], str]],
+    named: str,
+    web: Hostile,
+    image: bytes,
+    make_dataset: Callable[..., Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of an S3-compatible store a config says once where it is: no environment variable is needed. A source can be in another."""
     endpoint, bucket = s3[0], s3[1]()
     store = Storage(bucket, endpoint)
-    assert "AWS_ENDPOINT_URL" not in os.environ and "AWS_ENDPOINT_URL_S3" not in os.environ
+    for variable in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(variable, raising=False)
     for n in range(6):
         store.write(f"folder/{'cat' if n % 2 else 'dog'}/{n}.jpg", image)
     rows = [{"url": web.url(f"good/s3-{n}"), "text": f"{n}"} for n in range(6)]

@@ -74,7 +74,7 @@ def test_names_are_asked_for_once_and_those_that_were_not_found_by_each_list(web
 def test_names_that_wait_for_slow_ones_are_late_and_not_lost(web: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one thread, and a query in it that takes longer than any query may."""
     monkeypatch.setattr(names, "_THREADS", 1)
-    monkeypatch.setattr(names, "_LONGEST", 0.5)
+    monkeypatch.setattr(names, "_LONGEST", 1.5)
     real, goes_on = socket.getaddrinfo, threading.Event()
 
     def answer(host: Any, port: Any, **options: Any) -> Any:
@@ -88,7 +88,7 @@ def test_names_that_wait_for_slow_ones_are_late_and_not_lost(web: Hostile, monke
             results = fetcher.fetch([web.url("good/a", "slow.example"), web.url("good/b", "quick.example")])
             index, lost = next(results)
             assert index == 0 and isinstance(lost, Dropped) and lost.reason == "dns"
-            time.sleep(0.6)
+            time.sleep(1.6)
             goes_on.set()
             assert [(index, isinstance(result, Fetched)) for index, result in results] == [(1, True)]
     finally:

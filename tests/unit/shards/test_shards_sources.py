@@ -49,6 +49,37 @@ def test_a_class_is_the_first_folder(tmp_path: Path) -> None:
     assert (survey.rows, survey.classes, survey.exact) == (3, 2, True) and survey.mean == pytest.approx(20 / 3)
 
 
+def test_links_to_folders_are_followed_but_never_round_and_round(tmp_path: Path) -> None:
+    """As of a subset of a larger collection, made of links to some of its classes."""
+    whole, part = touch(tmp_path / "whole", "dog/a.png", "dog/deep/b.png", "cat/c.png", "loose.png"), tmp_path / "part"
+    touch(part, "own/d.png")
+    (part / "dog").symlink_to(whole / "dog")
+    (part / "own" / "more").symlink_to(whole / "cat")
+    (part / "own" / "e.png").symlink_to(whole / "loose.png")
+    (part / "own" / "up").symlink_to(part)
+    (whole / "dog" / "deep" / "round").symlink_to(whole / "dog")
+    items, ignored = listed(FolderSource(str(part)))
+    assert [(i.path, i.class_name, i.bytes) for i in items] == [
+        ("dog/a.png", "dog", 5),
+        ("dog/deep/b.png", "dog", 5),
+        ("own/d.png", "own", 5),
+        ("own/e.png", "own", 5),
+        ("own/more/c.png", "own", 5),
+    ]
+    assert ignored == 2  # the links back
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everywhere")
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "dog/deep/a.png", "dog/b.png")
+    (tmp_path / "dog" / "deep").chmod(0)
+    try:
+        with pytest.raises(StorageError, match=r"^shard.source.url: storage .*/dog/deep: no permission to list$"):
+            listed(FolderSource(str(tmp_path)))
+    finally:
+        (tmp_path / "dog" / "deep").chmod(0o755)
+
+
 def test_flat_folder_with_side_files(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "a.CLS", "a.json", "a.b.png", "a.b.txt", "b.png")
     items, _ = listed(FolderSource(str(tmp_path)))
