@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from pipeline.core.storage import Storage
@@ -18,6 +20,7 @@ from pipeline.shards.table import ShardTable
 
 WORK = ".plan"
 _STATE = "state.json"
+_AT_ONCE = 32  # objects removed: there may be millions, and a store takes tens of milliseconds for each
 _WORKED_OUT = re.compile(r"(duplicates|contamination|source|score-.+?)(-v\d+)?\.parquet")  # deny-lists
 
 
@@ -42,9 +45,7 @@ def clear(directory: Storage, place: Storage, is_first: bool) -> None:
         return
     if is_first:
         directory.remove("manifest.json")
-        for name in directory.names():
-            if name not in (WORK, DIRECTORY) and _is_ours(name):
-                directory.remove(name)
+        _remove(directory, [name for name in directory.names() if name not in (WORK, DIRECTORY) and _is_ours(name)])
         _forget_lists(directory)
         for name in (directory / WORK).names():
             if name != "v1":
@@ -58,10 +59,14 @@ def forget(directory: Storage) -> None:
     """Remove what a dataset has beside its tars and their indices: its manifests, tables and audits, what a next version would begin with,
     and the deny-lists that were worked out of it."""
     directory.remove("manifest.json")  # first, so that nobody reads an old table beside new indices
-    for name in directory.names():
-        if name == WORK or (_is_ours(name) and name != DIRECTORY and not name.endswith((".tar", ".index.parquet"))):
-            directory.remove(name)
+    of_tars = (".tar", ".index.parquet")
+    _remove(directory, [n for n in directory.names() if n == WORK or (_is_ours(n) and n != DIRECTORY and not n.endswith(of_tars))])
     _forget_lists(directory)
+
+
+def _remove(directory: Storage, names: list[str]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        deque(pool.map(directory.remove, names), maxlen=0)
 
 
 def _forget_lists(directory: Storage) -> None:
