@@ -54,7 +54,7 @@ class Fetcher:
 
     def __enter__(self) -> Fetcher:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="download", daemon=True)
         self._thread.start()
         self._known = self._call(self._open()).result()
         self._results = self._fetch([])

@@ -127,13 +127,14 @@ def test_evaluation_reads_ahead_too(store: tuple[Storage, FaultyStore]) -> None:
 def test_threads_end_with_the_stream(store: tuple[Storage, FaultyStore]) -> None:
     import threading
 
+    before = set(threading.enumerate())  # of other tests, some of which stay as long as the process
     batches = iter(stream(store[0], workers=2))
     next(batches)
-    assert any(t.name == "prefetch" for t in threading.enumerate())
+    assert any(t.name == "prefetch" for t in set(threading.enumerate()) - before)
     batches.close()  # type: ignore[attr-defined]
     patience = time.monotonic() + 10  # a request under way ends by itself; closing does not wait for it
     while (
-        left := [t.name for t in threading.enumerate() if t.name.startswith(("prefetch", "fetch", "decode"))]
+        left := [t.name for t in set(threading.enumerate()) - before if t.name.startswith(("prefetch", "fetch", "decode"))]
     ) and time.monotonic() < patience:
         time.sleep(0.05)
     assert not left
