@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.core.errors import DataError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
-from pipeline.shards.manifest import ShardRecord, ShardTable, encode_index, read_manifest
+from pipeline.shards.manifest import ShardRecord, ShardTable, encode_index, find_json, read_manifest
 from pipeline.shards.passes import over_shards
 from pipeline.shards.rows import Row, read_index, read_rows
 
@@ -104,12 +104,7 @@ def maker_of(column: pa.Field) -> str | None:
 def find_columns(directory: Storage) -> dict[str, dict[str, Any]]:
     """By column that was added to all shards: `fingerprint`, `dataset` (the hash of the manifest then), `rows`, `values` (of these rows),
     and of those `mean`, `min`, `max`, None where there are none."""
-    try:
-        return json.loads(directory.read(FILE))
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise DataError(f"data {directory.url}/{FILE}: this is not JSON ({e})") from e
+    return find_json(directory, FILE)
 
 
 def added_by(directory: Storage) -> dict[str, str]:

@@ -190,6 +190,16 @@ def read_part(directory: Storage, name: str) -> bytes:
         raise DataError(f"data {directory.url}/{name}: is missing") from None
 
 
+def find_json(directory: Storage, file: str) -> dict[str, Any]:
+    """A file beside the manifest that not every dataset has; nothing where there is no such file. Raises DataError where it is no JSON."""
+    try:
+        return json.loads(directory.read(file))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise DataError(f"data {directory.url}/{file}: this is not JSON ({e})") from e
+
+
 def read_shards(directory: Storage, split: str) -> list[ShardRecord]:
     """The shards of one split, by name, all in memory. Raises as `ShardTable` does."""
     return list(ShardTable(directory, split))

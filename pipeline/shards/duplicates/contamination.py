@@ -24,7 +24,6 @@ from pipeline.shards.duplicates.dataset import (
     Part,
     Range,
     cut,
-    find_json,
     has_hashes,
     keys_of,
     read_columns,
@@ -32,7 +31,7 @@ from pipeline.shards.duplicates.dataset import (
     shard_parts,
 )
 from pipeline.shards.duplicates.near import find_matches
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.manifest import find_json, read_manifest
 
 NAME = "contamination"
 TABLE = 1 << 23  # images of a set that a task compares with at a time, 33 bytes each, and some more while they are sorted

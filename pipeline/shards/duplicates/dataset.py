@@ -6,7 +6,6 @@ within a split shards come by number and rows as they lie. So what a later versi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,16 +96,6 @@ def read_columns(directory: Storage, part: Part, columns: Sequence[str]) -> pa.T
     if len(table) != part.samples:
         raise DataError(f"data {directory.url}/{part.index_name}: {len(table)} rows, the table of shards says {part.samples} samples")
     return table
-
-
-def find_json(directory: Storage, file: str) -> dict[str, Any]:
-    """What was found before; nothing where there is no such file. Raises DataError where it is no JSON."""
-    try:
-        return json.loads(directory.read(file))
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise DataError(f"data {directory.url}/{file}: this is not JSON ({e})") from e
 
 
 def has_hashes(directory: Storage, parts: Sequence[Part]) -> bool:

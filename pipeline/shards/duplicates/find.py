@@ -25,9 +25,9 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.progress import say
 from pipeline.core.storage import Storage
 from pipeline.shards.deny import DenyListWriter, find_about, name_for
-from pipeline.shards.duplicates.dataset import Range, cut, find_json, keys_of, read_hashes, shard_parts, split_by
+from pipeline.shards.duplicates.dataset import Range, cut, keys_of, read_hashes, shard_parts, split_by
 from pipeline.shards.duplicates.near import Bits, find_pairs, masks_for, settle
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.manifest import find_json, read_manifest
 
 NAME = "duplicates"
 # of: the key of the image that stays; distance: bits in which their perceptual hashes differ; exact: their files are equal.
