@@ -42,9 +42,9 @@ def make_dataset(config: Config, directory: Storage, grow: bool = True) -> tuple
 
     Needs a Ray that is initialised. Returns the manifest and metrics (`shard/read`, `shard/images_per_s`, ..), which are
     empty where the dataset was there already. Rows that its source has got since make a further version, if it may `grow`:
-    those whose key is new; rows that are gone from the source stay, and what changed under a key it has is not read again; what the source
-    has denied since is denied here too (`withdrawn.py`). An
-    unfinished dataset is gone on with, a different one at `directory` is replaced.
+    those whose key is new; rows that are gone from the source stay, and what changed under a key it has is not read again; what
+    the source has denied since is denied here too (`withdrawn.py`). An unfinished dataset is gone on with, a different one at
+    `directory` is replaced.
 
     Raises:
         UserError: the source or the directory cannot be used, a split is empty, or every sample was dropped; or there is another dataset,
