@@ -52,8 +52,13 @@ def in_tmpdir(what: str) -> Iterator[None]:
 def write_whole(file: FileIO, data: bytes | memoryview) -> int:
     """All of `data` to a file in TMPDIR, which has no buffer, since that would fail anew on closing. Gives its length. Raises as
     `in_tmpdir`."""
-    left = memoryview(data)
     with in_tmpdir(file.name if isinstance(file.name, str) else tempfile.gettempdir()):
-        while left:
-            left = left[file.write(left) :]  # it may take a part
+        write_all(file, data)
     return len(data)
+
+
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """To a file without a buffer, which takes a part where the disk is nearly full, so that the next attempt says so."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]

@@ -18,11 +18,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import StorageError
+from pipeline.core.files import write_all
 from pipeline.core.storage import Storage
 from pipeline.shards.index import TarIndex, index_schema, smallest
 from pipeline.shards.manifest import ShardRecord, table_bytes
@@ -89,7 +89,7 @@ def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: boo
     under_way = deque[tuple[int, Future[None], Future[list[str]]]]()  # bytes, and what is done with them
 
     def keep(block: bytes) -> None:
-        _write_whole(file, block)
+        write_all(file, block)
         digest.update(block)
 
     def settle(most: int) -> None:
@@ -121,13 +121,6 @@ def _write_tar(path: Path, samples: Iterable[Sample], keys: list[str], sync: boo
     assert not index.dropped, f"{path.name}: {index.dropped[:1]}"
     rows = [{**row, "sha256": of_image} for row, of_image in zip(index.rows, digests, strict=True)]
     return rows, size, digest.hexdigest()
-
-
-def _write_whole(file: FileIO, data: bytes) -> None:
-    """Where the disk is nearly full a part is written, and the next attempt says so."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
 
 
 def _digests(images: list[bytes]) -> list[str]:

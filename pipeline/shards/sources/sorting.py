@@ -22,8 +22,11 @@ _LENGTH = 8  # bytes before a block
 
 def in_order(rows: Iterable[T], key: Callable[[T], Any], held: int | None = None) -> Iterator[T]:
     """`rows`, tuples of what JSON has, sorted by `key`. Where there are more than `held` (default: `HELD`), they lie in a temporary file,
-    which goes with the iterator; memory is then that of so many rows, or of 256 a run of them. Raises
-    StorageError where the disk is full."""
+    which goes with the iterator; memory is then that of so many rows, or of 256 a run of them.
+
+    Raises:
+        StorageError: the disk is full.
+    """
     source, held = iter(rows), held or HELD
     run = sorted(islice(source, held), key=key)
     if len(run) < held:

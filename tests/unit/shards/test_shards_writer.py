@@ -192,7 +192,7 @@ def test_large_samples_do_not_pile_up(tmp_path: Path, samples: list[Sample], mon
     """Of blocks larger than what may wait, one is on its way and one is made."""
     monkeypatch.setattr(writer, "_BLOCK", 1)
     monkeypatch.setattr(writer, "_AHEAD", 1)
-    kept, most, real = 0, 0, writer._write_whole
+    kept, most, real = 0, 0, writer.write_all
 
     def keep(file: FileIO, data: bytes) -> None:
         nonlocal kept
@@ -206,6 +206,6 @@ def test_large_samples_do_not_pile_up(tmp_path: Path, samples: list[Sample], mon
             most = max(most, number - kept)
             yield sample
 
-    monkeypatch.setattr(writer, "_write_whole", keep)
+    monkeypatch.setattr(writer, "write_all", keep)
     assert write_shard(Storage(str(tmp_path)), "a.tar", "a", made()) is not None
     assert most == 1 and kept == len(samples) + 1
